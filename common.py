@@ -75,6 +75,7 @@ class RunConfig:
     warm_start_steps: int = arg(300, "supervised steps that make the built-in policy; 0: none")
     eval_problems: int = arg(500, "held-out problems per evaluation")
     eval_samples: int = arg(4, "answers sampled to each: accuracy is their mean, pass@k their best")
+    eval_every: int = arg(0, "evaluate every so many steps too; 0: only before and after")
     show_every: int = arg(10, "show an answer with its credit every so many steps; 0: never")
     save_every: int = arg(10, "checkpoint every so many steps, and after the last")
     tiny: bool = arg(False, "a whole small experiment in half a minute: other defaults")
@@ -82,7 +83,7 @@ class RunConfig:
     eval_only: bool = arg(False, "evaluate --model, or else runs/<name>, and write nothing")
 
     def __post_init__(self):
-        require_range(self, 0, "seed", "warm_start_steps", "show_every")
+        require_range(self, 0, "seed", "warm_start_steps", "eval_every", "show_every")
         require_range(self, 1, "eval_problems", "eval_samples", "save_every")
         require_range(self, 2, "terms")
         if not re.fullmatch(r"[\w.-]*", self.name) or self.name in (".", "..", "warm_start"):

@@ -281,11 +281,10 @@ def main() -> None:
         progress["before"] = evaluate()
         common.start_run(folder, cfg, run, *trainer, progress)
     print(f"before: {common.describe(progress['before'])}")
-    eos, ctrl_c, began = common.eos_ids(model, tokenizer), common.CtrlC(), time.time()
-    began -= progress["seconds"]
-    done = progress["step"]
+    eos, ctrl_c, done = common.eos_ids(model, tokenizer), common.CtrlC(), progress["step"]
     for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
         # 1. Sample G answers to each problem, and reward them.
+        began = time.time()
         problems = common.batch_at(train, step, cfg.prompts, run.seed)
         prompts = [common.prompt_ids(tokenizer, problem) for problem in problems]
         rooms = [common.answer_budget(model, prompt, cfg.max_new_tokens) for prompt in prompts]
@@ -317,9 +316,10 @@ def main() -> None:
                     progress[key] += value
         progress["step"] = step + 1
         progress["sampled_tokens"] += sum(len(r.ids) for r in rollouts) + credit.tokens
-        progress["seconds"] = time.time() - began
+        progress["seconds"] += time.time() - began
         count = len(rollouts)
         accuracy = sum(r.reward for r in rollouts) / count
+        evaluated = run.eval_every and (step + 1) % run.eval_every == 0
         common.append_metrics(folder, dict(
             step=step + 1,
             accuracy=accuracy,
@@ -331,6 +331,7 @@ def main() -> None:
             lr=schedule.get_last_lr()[0],
             sampled_tokens=progress["sampled_tokens"],
             seconds=round(progress["seconds"], 2),
+            held_out=evaluate()["accuracy"] if evaluated else "",
         ))  # fmt: skip
         bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
         if run.show_every and (step + 1) % run.show_every == 0:
