@@ -73,7 +73,7 @@ class Config:
 
 
 TINY = dict(
-    terms=3, warm_start_steps=120, prompts=32, batch_size=32, steps=40, max_new_tokens=32,
+    terms=3, warm_start_steps=250, prompts=32, batch_size=32, steps=40, max_new_tokens=32,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
 
