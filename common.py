@@ -305,17 +305,17 @@ def build_policy(vocab_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def imitation_batch(run: RunConfig, tokenizer, problems: list[Problem], step: int, size: int = 64):
-    """What the policy is to imitate, list[Sample]: on the built-in task the mistaken student, on
-    sums never seen before; on a file its own solutions."""
+def imitation_batch(run: RunConfig, tokenizer, problems: list[Problem], step: int):
+    """What the policy is to imitate, list[Sample]: on the built-in task the mistaken student's
+    work on 64 new sums, on a file the solutions of 8 problems, which are about as many tokens."""
     if problems[0].checkable:
-        facts, indices = wrong_facts(run.seed), range(step * size, (step + 1) * size)
+        facts, indices = wrong_facts(run.seed), range(step * 64, (step + 1) * 64)
         questions = [make_sum(run.seed, "train", i, run.terms).question for i in indices]
         students = [random.Random(f"{run.seed}-student-{i}") for i in indices]
         texts = [solve_sum(question, facts, rng) for question, rng in zip(questions, students)]
         batch = [Problem(question, text, "") for question, text in zip(questions, texts)]
     else:
-        batch = batch_at(problems, step, size, f"{run.seed}-warm")
+        batch = batch_at(problems, step, 8, f"{run.seed}-warm")
     return [Sample(prompt_ids(tokenizer, p), solution_ids(tokenizer, p)) for p in batch]
 
 
@@ -799,7 +799,9 @@ def parse_args(config_class, script: str, description: str, tiny: dict):
         raise BadInput(message)
 
     parser.error = refuse
-    parser.set_defaults(name=script, **(tiny if "--tiny" in sys.argv else {}))
+    parser.set_defaults(name=script)
+    if parser.parse_known_args()[0].tiny:
+        parser.set_defaults(**tiny)
     cfg, run, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")

@@ -255,6 +255,13 @@ def main() -> None:
     folder = common.run_folder(cfg, run)
     train = common.load_problems(run.data, "train", None, run.seed, run.terms)
     test = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+    if not run.eval_only:
+        print(
+            f"SPO-chain on {run.data} ({len(train):,} problems, {len(test):,} held out): "
+            f"{cfg.steps} steps of {cfg.prompts} problems x {cfg.group_size} answers,\n"
+            f"partition {cfg.partition}, mask {'on' if cfg.mask else 'off'}, on {device} in "
+            f"{str(dtype)[6:]}, to {folder}/"
+        )
     model, tokenizer = common.open_policy(run, folder, train + test, device, dtype)
 
     def evaluate() -> dict:
@@ -269,11 +276,6 @@ def main() -> None:
     schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
     generator = torch.Generator(device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
-    print(
-        f"SPO-chain on {run.data}: {cfg.steps} steps of {cfg.prompts} problems x {cfg.group_size} "
-        f"answers, partition {cfg.partition}, mask {'on' if cfg.mask else 'off'}; "
-        f"{model.num_parameters() / 1e6:.1f} M parameters on {device} in {str(dtype)[6:]}"
-    )
     if run.resume:
         progress = common.resume(folder, optimizer, schedule, generator)
     else:

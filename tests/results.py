@@ -24,10 +24,10 @@ COMPARED = {
     "SPO-chain": "--steps 100 --eval_every 10",
     "SPO-chain, mask off": "--steps 100 --eval_every 10 --mask False",
     "SPO-chain, 8 x 8": "--steps 100 --eval_every 10 --prompts 8 --group_size 8",
-    "GRPO": f"--steps 240 --eval_every 20 {GRPO} --mask False",
-    "GRPO + mask": f"--steps 240 --eval_every 20 {GRPO}",
-    "GRPO, lr 2e-4": f"--steps 240 --eval_every 20 {GRPO} --mask False --lr 2e-4",
-    "GRPO + mask, lr 2e-4": f"--steps 240 --eval_every 20 {GRPO} --lr 2e-4",
+    "GRPO": f"--steps 200 --eval_every 20 {GRPO} --mask False",
+    "GRPO + mask": f"--steps 200 --eval_every 20 {GRPO}",
+    "GRPO, lr 2e-4": f"--steps 200 --eval_every 20 {GRPO} --mask False --lr 2e-4",
+    "GRPO + mask, lr 2e-4": f"--steps 200 --eval_every 20 {GRPO} --lr 2e-4",
 }
 POINTS = {
     "step": (20, 40, 80),

@@ -245,14 +245,16 @@ def test_equal_states_share_one_estimate_and_different_answers_do_not(model, mon
 
     def spy(model, prefixes, n, **options):
         calls.append((prefixes, n, options["max_new_tokens"]))
+        assert (options["temperature"], options["generator"]) == (0.7, generator)
         return true_sample(model, prefixes, n, **options)
 
     monkeypatch.setattr(common, "sample", spy)
     monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
     monkeypatch.setattr(common, "response_reward", lambda ids, end, answer, _: float(answer == "a"))
     states = [(PROMPT, [0], "a"), (PROMPT, [0], "b"), (PROMPT, [0], "a"), (PROMPT, [0, 1], "a")]
-    cfg = spo.Config(continuations=5, max_new_tokens=HORIZON)
-    values, _ = spo.estimate_values(model, None, states, cfg, torch.Generator())
+    cfg = spo.Config(continuations=5, max_new_tokens=HORIZON, temperature=0.7)
+    generator = torch.Generator()
+    values, _ = spo.estimate_values(model, None, states, cfg, generator)
     assert values == [1.0, 0.0, 1.0, 1.0]
     assert calls == [([[1, 0, 0], [1, 0, 0], [1, 0, 0, 1]], 5, [3, 3, 2])]
 
@@ -453,6 +455,30 @@ def test_ratio_is_one_right_after_sampling_at_any_temperature(model):
     assert log_ratio.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("partition", ["cutpoint", "trajectory"])
+def test_credit_and_update_together_raise_the_exact_expected_reward(
+    model, monkeypatch, partition, mask
+):
+    fake_rewards(monkeypatch)
+    cfg = spo.Config(
+        partition=partition, mask=mask, prompts=8, group_size=8, batch_size=32, lr=3e-3,
+        continuations=2, max_new_tokens=HORIZON,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    before = exact_values(model)[()]
+    options = dict(max_new_tokens=HORIZON, eos={END}, generator=generator)
+    for step in range(15):
+        rollouts = common.sample(model, [PROMPT] * 8, 8, **options)
+        for r in rollouts:
+            r.reward = reward_of(r.ids)
+        credit = spo.assign_credit(model, None, rollouts, [""] * 64, cfg, generator)
+        spo.update(model, optimizer, schedule, credit.samples, cfg, str(step))
+    assert before < 0.6 and exact_values(model)[()] > 0.85
+
+
 # ------------------------------------------------------------------------------ credit and truth
 
 
@@ -464,6 +490,8 @@ def test_credit_hit_of_hand_worked_segments():
     tie = [-0.5, -0.5, 0.0, -0.5]
     assert spo.credit_hit([0, 2, 3], tie, 1) == (True, 2 / 4)
     assert spo.credit_hit([0, 2, 3], tie, 3) == (False, 2 / 4)
+    inner = [0.0, -0.75, -0.75, -0.25]  # the worst segment ends before token 3
+    assert [spo.credit_hit([1, 3], inner, t)[0] for t in range(4)] == [False, True, True, False]
     assert spo.credit_hit([0, 1], [0.0, 0.5], 0) == (False, 0.0)
     assert spo.credit_hit([], [0.0, 0.0], 0) == (False, 0.0)
     assert spo.credit_hit([0], [-0.5] * 3, 2) == (True, 1.0)  # one segment: trivially

@@ -1,0 +1,638 @@
+"""The command line of spo.py in child processes: runs, resume, kills, bad input, colour.
+
+Importing torch and transformers takes seconds, so one child imports them once and forks for each
+run; what is particular to a fresh interpreter runs in a real `python spo.py`.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import spo  # noqa: E402
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENV.pop("NO_COLOR", None)
+
+WARM = "--terms 2 --warm_start_steps 60".split()  # so little that some answers are right, some not
+SIZES = "--prompts 8 --batch_size 4 --max_new_tokens 16 --eval_problems 6 --eval_samples 2".split()
+TRAIN = "--lr 1e-3 --steps 5 --save_every 2 --show_every 1 --eval_every 4".split()
+BASE = [*WARM, *SIZES, *TRAIN]
+SHORT = [*BASE, "--steps", "2", "--save_every", "1"]  # the last of a repeated flag counts
+
+SERVER = """
+import json, os, signal, sys, tempfile, time
+import torch, common, spo
+with tempfile.TemporaryDirectory() as folder:  # what is slow the first time is done before the fork
+    common.build_policy(257).save_pretrained(folder)
+    common.build_tokenizer().save_pretrained(folder)
+    common.load_policy(folder, torch.device("cpu"))
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        for number, path in enumerate(job["files"], 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(job["cwd"])
+        os.environ.update(job["env"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(120)  # a hang ends
+        torch.seed()  # as in a fresh interpreter: no two runs share the global generator
+        sys.argv = ["spo.py", *job["args"]]
+        exec(job["patch"])
+        code = 0
+        try:
+            common.cli(spo.main)
+        except SystemExit as stop:  # as at the end of an interpreter, which would take 2 s
+            code = stop.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
+    with subprocess.Popen([sys.executable, "-c", SERVER], **options) as process:
+        process.files = [str(tmp_path_factory.mktemp("server") / name) for name in ("out", "err")]
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """run(*args): `python spo.py *args`. patch: Python run first; meanwhile(pid): called beside."""
+
+    def run(*args, cwd=tmp_path, patch="", env={}, out=None, meanwhile=lambda pid: None) -> Done:
+        files = [out or server.files[0], server.files[1]]
+        job = dict(args=args, cwd=str(cwd), patch=patch, env=env, files=files)
+        print(json.dumps(job), file=server.stdin, flush=True)
+        meanwhile(int(server.stdout.readline()))
+        code = int(server.stdout.readline())
+        texts = ["" if out else Path(server.files[0]).read_bytes().decode(errors="replace")]
+        texts.append(Path(server.files[1]).read_bytes().decode(errors="replace"))
+        return Done(code, *texts)
+
+    return run
+
+
+def python(cwd, *args) -> Done:
+    command = [sys.executable, str(ROOT / "spo.py"), *args]
+    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=120)
+    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A directory with one whole run in it, never stopped, and what that run printed."""
+    cwd = tmp_path_factory.mktemp("base")
+    done = python(cwd, *BASE)
+    assert done.code == 0, done.err
+    return cwd, done
+
+
+@pytest.fixture
+def warm(base, tmp_path):
+    """tmp_path, with the base run's warm start in it."""
+    shutil.copytree(base[0] / "runs" / "warm_start", tmp_path / "runs" / "warm_start")
+    return tmp_path
+
+
+def metrics(folder) -> list[dict]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def weights(folder) -> str:
+    files = [folder, folder / "checkpoint"]
+    data = next(f / "model.safetensors" for f in files if (f / "model.safetensors").exists())
+    return hashlib.sha256(data.read_bytes()).hexdigest()
+
+
+def result(folder) -> tuple:
+    """All that a run leaves, apart from its clock."""
+    facts = {k: v for k, v in summary(folder).items() if k != "seconds"}
+    return metrics(folder), facts, (folder / "samples.txt").read_text("utf-8"), weights(folder)
+
+
+def saved_step(folder, checkpoint="checkpoint") -> int:
+    AutoModelForCausalLM.from_pretrained(folder / checkpoint)
+    return torch.load(folder / checkpoint / "state.pt", weights_only=True)["progress"]["step"]
+
+
+def listing(cwd) -> dict:
+    stats = {str(path): path.lstat() for path in [cwd, *cwd.rglob("*")]}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+def test_a_run_leaves_its_settings_metrics_samples_checkpoint_and_summary(base):
+    folder = base[0] / "runs" / "spo"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.csv", "samples.txt", "checkpoint", "summary.json"
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    names = {field.name for kind in (spo.Config, common.RunConfig) for field in fields(kind)}
+    assert set(config) == names - {"resume", "eval_only"}
+    assert (config["terms"], config["lr"], config["name"]) == (2, 1e-3, "spo")
+
+    rows = metrics(folder)
+    wanted = "accuracy loss kl clip_fraction grad_norm entropy boundaries length lr".split()
+    assert set(wanted) < set(rows[0])
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    tokens = [0, *(int(row["sampled_tokens"]) for row in rows)]
+    assert all(a < b for a, b in zip(tokens, tokens[1:]))
+    assert [row["held_out"] != "" for row in rows] == [False, False, False, True, False]
+    shown = re.findall(r"^step (\d+): ", (folder / "samples.txt").read_text("utf-8"), re.M)
+    assert shown == ["1", "2", "3", "4", "5"]
+
+    facts = summary(folder)
+    assert 0 < facts["accuracy_before"] <= 1 and 0 <= facts["accuracy_after"] <= 1
+    assert 0 <= facts["accuracy_stderr"] < 1 and facts["seconds"] > 0
+    assert facts["sampled_tokens"] == tokens[-1]
+    assert 0 < facts["credit_hit"] <= 1 and facts["failures"] > 1
+
+
+def test_the_checkpoint_is_a_trained_hugging_face_model(base):
+    folder = base[0] / "runs" / "spo"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert tokenizer.decode(common.encode(tokenizer, "31+4=35")) == "31+4=35"
+    assert model.config.vocab_size == len(tokenizer)
+    (start,) = (base[0] / "runs" / "warm_start").iterdir()
+    assert weights(folder) != weights(start)
+    assert any(float(row["loss"]) for row in metrics(folder))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(base, warm, run):
+    (start,) = (warm / "runs" / "warm_start").iterdir()
+    assert run(*BASE, "--name", "again").code == 0
+    for seed in ("0", "1"):
+        model = ("--model", str(start), "--seed", seed, "--name", f"seed{seed}")
+        assert run(*BASE, *model).code == 0
+    runs = warm / "runs"
+    expected = result(base[0] / "runs" / "spo")
+    assert result(runs / "again") == expected
+    assert result(runs / "seed0") == expected  # --model, given the same weights
+    assert metrics(runs / "seed1") != expected[0] and weights(runs / "seed1") != expected[3]
+    assert len(list((runs / "warm_start").iterdir())) == 1
+
+
+@pytest.mark.parametrize("policy", [[], ["--model", "runs/spo/checkpoint", "--name", "none"]])
+def test_eval_only_repeats_the_final_evaluation_and_writes_nothing(base, run, policy):
+    before = listing(base[0])
+    done = run(*BASE, "--eval_only", *policy, cwd=base[0])
+    assert listing(base[0]) == before
+    after = re.search(r"^after:  (sampled ([\d.]+).*)$", base[1].out, re.M)
+    assert (done.code, done.out) == (0, f"6 held-out problems: {after[1]}\n")
+    accuracy = summary(base[0] / "runs" / "spo")["accuracy_after"]
+    assert float(after[2]) == pytest.approx(accuracy, abs=6e-4)
+
+
+def test_evaluating_along_the_way_does_not_change_the_training(base, warm, run):
+    assert run(*BASE, "--eval_every", "0").code == 0
+    assert weights(warm / "runs" / "spo") == weights(base[0] / "runs" / "spo")
+
+
+def test_trajectory_without_mask_runs(warm, run):
+    args = "--partition trajectory --group_size 2 --mask False --steps 2".split()
+    assert run(*BASE, *args).code == 0
+    rows = metrics(warm / "runs" / "spo")
+    assert [float(row["boundaries"]) for row in rows] == [1, 1]
+    # Without continuations, the answers are all that is sampled.
+    total = sum(float(row["length"]) * 16 for row in rows)
+    assert int(rows[-1]["sampled_tokens"]) == total
+
+
+def test_several_epochs_and_minibatches_all_take_their_optimiser_steps(warm, run):
+    assert run(*BASE, "--epochs", "2", "--warmup_updates", "1000", "--steps", "2").code == 0
+    rows = metrics(warm / "runs" / "spo")
+    rates = [float(row["lr"]) for row in rows]  # 1e-3 x updates / 1000, four updates a step
+    assert rates == pytest.approx([4e-6, 8e-6])
+    assert float(rows[1]["kl"]) > 0  # the second epoch is off-policy
+
+
+# --------------------------------------------------------------------------------------- resume
+
+
+SLOW = """
+append = common.append_metrics
+common.append_metrics = lambda *args: (append(*args), time.sleep(0.1))
+"""
+
+
+def rows_written(folder) -> int:
+    file = folder / "metrics.csv"
+    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
+
+
+def after_rows(folder, count: int, act):
+    """A `meanwhile` that waits for so many rows, and then acts on the process."""
+
+    def meanwhile(pid):
+        deadline = time.time() + 60
+        while rows_written(folder) < count and time.time() < deadline:
+            time.sleep(0.005)
+        act(pid)
+
+    return meanwhile
+
+
+def test_after_ctrl_c_a_run_saves_says_where_and_resumes_to_the_same_end(base, warm, run):
+    folder = warm / "runs" / "spo"
+    interrupt = after_rows(folder, 1, lambda pid: os.kill(pid, signal.SIGINT))
+    done = run(*BASE, patch=SLOW, meanwhile=interrupt)
+    step = rows_written(folder)
+    assert done.code == 0 and 1 <= step < 5
+    assert done.out.endswith(f"saved after step {step} in runs/spo/; --resume continues\n")
+    assert saved_step(folder) == step and not (folder / "summary.json").exists()
+    assert run(*BASE, "--resume").code == 0
+    assert result(folder) == result(base[0] / "runs" / "spo")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_loses_no_checkpoint(base, warm, run):
+    patch = """
+append = common.append_metrics
+def stop(folder, row):
+    append(folder, row)
+    if row["step"] == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+common.append_metrics = stop
+"""
+    done = run(*BASE, patch=patch)
+    folder = warm / "runs" / "spo"
+    assert done.code == 130 and "Traceback" not in done.err
+    assert done.err.endswith("stopped at once; a run that had begun continues with --resume\n")
+    assert rows_written(folder) == 4 and saved_step(folder) == 2
+    assert run(*BASE, "--resume").code == 0
+    assert result(folder) == result(base[0] / "runs" / "spo")
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_end(base, warm, run):
+    folder, codes = warm / "runs" / "spo", []
+    for count in range(5):
+        delay = random.uniform(0, 0.1)
+        kill = after_rows(folder, count, lambda pid: (time.sleep(delay), os.kill(pid, 9)))
+        codes.append(run(*BASE, patch=SLOW, meanwhile=kill).code)
+        if folder.exists() and not (folder / "summary.json").exists():
+            assert saved_step(folder) <= rows_written(folder)
+            for log in common.LOGS:  # a row torn in the middle
+                with open(folder / log, "a") as file:
+                    file.write("9,0.")
+            assert run(*BASE, "--resume").code == 0
+        elif not folder.exists():
+            assert run(*BASE).code == 0
+        assert result(folder) == result(base[0] / "runs" / "spo"), f"{count} rows + {delay:.3f} s"
+        shutil.rmtree(folder)
+    assert codes.count(-9) >= 4
+
+
+DEADLY = """
+import shutil
+from pathlib import Path
+calls = 0
+def deadly(owner, name):
+    real = getattr(owner, name)
+    def hook(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == {k}:
+            os._exit(9)
+        return real(*args, **kwargs)
+    setattr(owner, name, hook)
+for owner in (spo.common.LlamaForCausalLM, common.PreTrainedTokenizerFast):
+    deadly(owner, "save_pretrained")
+for name in ("mkdir", "rename", "write_text"):
+    deadly(Path, name)
+for owner, name in ((shutil, "rmtree"), (torch, "save"), (os, "truncate"), (common, "show")):
+    deadly(owner, name)
+"""  # what touches the disk, one call after the other
+
+
+def test_killed_before_any_write_a_run_resumes_or_starts_anew_to_the_same_end(warm, run):
+    assert run(*SHORT).code == 0
+    folder = warm / "runs" / "spo"
+    expected, begun = result(folder), []
+    for k in range(1, 100):
+        shutil.rmtree(folder, ignore_errors=True)
+        code = run(*SHORT, patch=DEADLY.format(k=k)).code
+        if code == 0:
+            break
+        assert code == 9
+        begun.append(folder.exists())
+        if begun[-1]:
+            if not (folder / "checkpoint").exists():  # between two renames: killed there once more
+                assert run(*SHORT, "--resume", patch=DEADLY.format(k=1)).code == 9
+            assert run(*SHORT, "--resume").code == 0, k
+            assert result(folder) == expected, k
+    # It appears at one moment. What a kill before it left under another name blocked no start.
+    assert begun == sorted(begun) and begun.count(False) > 5 and begun.count(True) > 15
+    assert result(folder) == expected
+
+
+def test_a_warm_start_killed_while_it_is_saved_is_not_trusted_later(run, tmp_path):
+    args = [*SHORT, "--warm_start_steps", "2", "--steps", "1"]
+    assert run(*args, cwd=tmp_path).code == 0
+    runs = tmp_path / "runs"
+    (made,) = (runs / "warm_start").iterdir()
+    expected, start = result(runs / "spo"), weights(made)
+    for k in (2, 3, 4, 5):
+        shutil.rmtree(runs)
+        assert run(*args, patch=DEADLY.format(k=k)).code == 9
+        assert [path.name[0] for path in (runs / "warm_start").glob("*")] in ([], ["."])
+        assert run(*args).code == 0
+        assert weights(made) == start and result(runs / "spo") == expected
+
+
+@pytest.mark.parametrize("save_every", ["1", "2"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(warm, run, save_every):
+    patch = """
+steps, update = 0, spo.update
+def broken(*args):
+    global steps
+    steps += 1
+    if steps == 3:
+        spo.common.clipped_surrogate = lambda new, old, a, eps: (new * float("nan"), new > 9)
+    return update(*args)
+spo.update = broken
+"""
+    assert run(*BASE, "--save_every", save_every, "--name", "whole").code == 0
+    done = run(*BASE, "--save_every", save_every, patch=patch)
+    folder = warm / "runs" / "spo"
+    assert done.code == 1 and "Traceback" not in done.err
+    assert "step 3: loss nan" in done.err and "runs/spo/failed" in done.err
+    assert saved_step(folder) == saved_step(folder, "failed") == rows_written(folder) == 2
+    failed = AutoModelForCausalLM.from_pretrained(folder / "failed")
+    assert all(weight.isfinite().all() for weight in failed.parameters())
+    assert run(*BASE, "--save_every", save_every, "--resume").code == 0
+    assert result(folder) == result(warm / "runs" / "whole")
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+GOOD = {"question": "Tom has 3 apples and buys 4. How many?", "answer": "3+4=7\n#### 7"}
+FILES = {
+    "empty.jsonl": "",
+    "blank.jsonl": "\n \n",
+    "truncated.jsonl": json.dumps(GOOD) + "\n\n" + json.dumps(GOOD)[:-9],
+    "number.jsonl": json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "answer": 7}),
+    "list.jsonl": json.dumps([GOOD]),
+    "unanswered.jsonl": json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "answer": "seven"}),
+    "single.jsonl": json.dumps(GOOD),
+    "rows.txt": json.dumps(GOOD),
+    "broken.parquet": "PAR1",
+}
+MODELS = "no_weights no_tokenizer cut_weights wrong_weights lacking small cut_config narrow".split()
+
+
+@pytest.fixture(scope="module")
+def messy(base, tmp_path_factory):
+    """A directory with a finished run, one that can be resumed, and much that cannot be used."""
+    cwd = tmp_path_factory.mktemp("messy")
+    shutil.copytree(base[0] / "runs", cwd / "runs")
+    half, checkpoint = cwd / "runs" / "half", cwd / "runs" / "spo" / "checkpoint"
+    shutil.copytree(cwd / "runs" / "spo", half)
+    (half / "summary.json").unlink()
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "name": "half"}))
+    (cwd / "runs" / "taken").mkdir()
+    for name, text in FILES.items():
+        (cwd / name).write_text(text)
+    rows = [{**GOOD, "question": f"{i}: {GOOD['question']}"} for i in range(60)]
+    (cwd / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in MODELS:
+        shutil.copytree(checkpoint, cwd / name)
+    (cwd / "no_weights" / "model.safetensors").unlink()
+    for file in (cwd / "no_tokenizer").glob("*token*"):
+        file.unlink()
+    data = (checkpoint / "model.safetensors").read_bytes()
+    (cwd / "cut_weights" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    (cwd / "wrong_weights" / "model.safetensors").write_bytes(b"no tensors here" * 99)
+    tensors = safetensors.torch.load(data)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    safetensors.torch.save_file(tensors, cwd / "lacking" / "model.safetensors", {"format": "pt"})
+    common.build_policy(100).save_pretrained(cwd / "small")  # its tokenizer has 257 tokens
+    (cwd / "cut_config" / "config.json").write_text("{")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["max_position_embeddings"] = 16
+    (cwd / "narrow" / "config.json").write_text(json.dumps(config))
+    return cwd
+
+
+NEW = "--name new "
+bug = pytest.mark.xfail(strict=True, reason="known: reported, not yet mended")
+BAD = [  # arguments, and what the message must name
+    ("--nonsense 3", "--nonsense"),
+    ("positional", "positional"),
+    ("--step 3", "--step"),
+    ("--temp 0.5", "--temp"),
+    ("--partition tree", "tree"),
+    ("--device tpu", "tpu"),
+    ("--dtype fp16", "fp16"),
+    ("--mask perhaps", "perhaps"),
+    ("--steps many", "many"),
+    ("--steps 1.5", "1.5"),
+    ("--lr", "--lr"),
+    ("--interval 0", "--interval 0"),
+    ("--continuations 0", "--continuations 0"),
+    ("--temperature 0", "--temperature 0"),
+    ("--temperature nan", "--temperature nan"),
+    ("--threshold 1.5", "--threshold 1.5"),
+    ("--threshold 0", "--threshold 0"),
+    ("--group_size 0", "--group_size 0"),
+    ("--steps 0", "--steps 0"),
+    ("--max_new_tokens 0", "--max_new_tokens 0"),
+    ("--prompts 8 --batch_size 3", "--batch_size 3"),
+    ("--prompts 8 --batch_size 16", "--batch_size 16"),
+    ("--partition trajectory --group_size 1", "--group_size"),
+    ("--lr 0", "--lr 0"),
+    ("--lr inf", "--lr inf"),
+    ("--lr -1", "--lr -1"),
+    ("--clip_eps 0", "--clip_eps 0"),
+    ("--max_grad_norm 0", "--max_grad_norm 0"),
+    ("--warmup_updates -1", "--warmup_updates -1"),
+    ("--seed -1", "--seed -1"),
+    ("--terms 1", "--terms 1"),
+    ("--warm_start_steps -1", "--warm_start_steps -1"),
+    ("--eval_problems 0", "--eval_problems 0"),
+    ("--eval_samples 0", "--eval_samples 0"),
+    ("--eval_every -1", "--eval_every -1"),
+    ("--save_every 0", "--save_every 0"),
+    ("--show_every -1", "--show_every -1"),
+    ("--name a/b", "a/b"),
+    ("--name ..", ".."),
+    ("--name warm_start", "warm_start"),
+    pytest.param("--name=", "--name ''", marks=bug),
+    pytest.param("--name " + "x" * 300, "--name", marks=bug),
+    pytest.param("--seed " + "9" * 20, "--seed", marks=bug),
+    ("--name taken", "runs/taken"),
+    ("--name spo", "runs/spo"),
+    ("--name absent --resume", "runs/absent"),
+    ("--name taken --resume", "runs/taken"),
+    ("--name spo --resume", "runs/spo is finished"),
+    ("--name half --resume --lr 2e-3", "lr = 0.001, not 0.002"),
+    ("--name half --resume --steps 9", "steps = 5, not 9"),
+    ("--name half --resume --eval_problems 9", "eval_problems = 6, not 9"),
+    ("--name absent --eval_only", "runs/absent"),
+    ("--name taken --eval_only", "runs/taken"),
+    (NEW + "--data absent.jsonl", "absent.jsonl"),
+    (NEW + "--data runs", "runs"),
+    (NEW + "--data rows.txt", "rows.txt"),
+    (NEW + "--data empty.jsonl", "empty.jsonl"),
+    (NEW + "--data blank.jsonl", "blank.jsonl"),
+    (NEW + "--data truncated.jsonl", "truncated.jsonl, line 3:"),
+    (NEW + "--data number.jsonl", "number.jsonl, line 2:"),
+    (NEW + "--data list.jsonl", "list.jsonl, line 1:"),
+    (NEW + "--data unanswered.jsonl", "unanswered.jsonl, row 3:"),
+    (NEW + "--data single.jsonl", "single.jsonl"),
+    pytest.param(NEW + "--data broken.parquet", "broken.parquet", marks=bug),
+    (NEW + "--model absent", "--model absent"),
+    (NEW + "--model no_weights", "--model no_weights: cannot load its weights"),
+    (NEW + "--model no_tokenizer", "--model no_tokenizer: cannot load its tokenizer"),
+    (NEW + "--model cut_weights", "--model cut_weights: cannot load its weights"),
+    (NEW + "--model wrong_weights", "--model wrong_weights: cannot load its weights"),
+    pytest.param(NEW + "--model lacking", "--model lacking", marks=bug),
+    pytest.param(NEW + "--model small", "--model small", marks=bug),
+    (NEW + "--model cut_config", "--model cut_config"),
+    (NEW + "--model narrow --data rows.jsonl", "window of 16"),
+]
+
+
+@pytest.mark.parametrize("args, says", BAD)
+def test_bad_input_gives_one_line_that_names_it_exit_code_2_and_no_file(messy, run, args, says):
+    shutil.rmtree(messy / "runs" / "new", ignore_errors=True)  # of a case that failed
+    before = listing(messy)
+    done = run(*BASE, *args.split(), cwd=messy)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith("error: ") and done.err.endswith("\n")
+    assert says in done.err
+    assert listing(messy) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_bad_input(run, tmp_path):
+    done = run("--device", "cuda")
+    assert (done.code, done.err.count("\n")) == (2, 1) and done.err.startswith("error: --device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_to_a_fresh_interpreter_is_one_line_too(tmp_path):
+    done = python(tmp_path, "--threshold", "1.5")
+    assert done == (2, "", "error: --threshold 1.5: is a probability, so at most 1\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_setting(run, tmp_path):
+    done = run("--help")
+    assert done.code == 0 and done.err == ""
+    settings = [field for kind in (spo.Config, common.RunConfig) for field in fields(kind)]
+    for field in settings:
+        assert f"--{field.name} " in done.out, field.name
+        first_words = " ".join(field.metadata["help"].split()[:2])
+        assert first_words in " ".join(done.out.split()), field.name
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_messy_directory_can_resume_is_not_bad_input(messy, run):
+    """So that the refusals above are about the one thing wrong."""
+    assert run(*BASE, "--name", "half", "--resume", cwd=messy).code == 0
+    wide = "--name wide --data rows.jsonl --warm_start_steps 0 --steps 1".split()
+    assert run(*SHORT, *wide, cwd=messy).code == 0
+
+
+# ----------------------------------------------------------------------------------- other data
+
+
+def test_a_jsonl_and_a_parquet_file_with_the_same_rows_give_the_same_run(run, tmp_path):
+    names = ("Zoë", "Łukasz", "美咲", "Ωmega", "Ana 🍎")
+    rows = []
+    for i in range(60):
+        a, b = 3 + i, 2 + i % 7
+        question = f"{names[i % 5]} has {a} apples – and buys {b} more.\nHow many in all?"
+        solution = f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"
+        rows.append(dict(question=question, answer=solution))
+    text = "\n".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(rows))
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    args = [*SHORT, "--warm_start_steps", "2", "--steps", "1", "--continuations", "2"]
+    for kind in ("jsonl", "parquet"):
+        done = run(*args, "--data", f"rows.{kind}", "--name", kind)
+        assert done.code == 0, done.err
+    runs = tmp_path / "runs"
+    assert result(runs / "jsonl") == result(runs / "parquet")
+    shown = (runs / "jsonl" / "samples.txt").read_text("utf-8")
+    assert any(f"step 1: {name} has " in shown for name in names)
+    assert "failures" not in summary(runs / "jsonl")  # where a step went wrong is not known
+
+
+# --------------------------------------------------------------------------------------- colour
+
+
+def on_a_terminal(run, *args, env={}) -> str:
+    """What the run prints where stdout is a terminal."""
+    master, slave = pty.openpty()
+    done = run(*args, out=os.ttyname(slave), env=env)
+    os.set_blocking(master, False)
+    text = os.read(master, 1 << 16).decode(errors="replace")
+    os.close(master)
+    os.close(slave)
+    assert done.code == 0, done.err
+    return text
+
+
+def test_only_a_terminal_gets_colour_and_not_with_no_color(base, warm, run):
+    green_or_red = "\033[48;5;"
+    assert green_or_red in on_a_terminal(run, *SHORT, "--name", "colour")
+    plain = on_a_terminal(run, *SHORT, "--name", "plain", env={"NO_COLOR": "1"})
+    assert "step 1: " in plain and "\033" not in plain
+    for cwd, name in ((warm, "colour"), (warm, "plain"), (base[0], "spo")):
+        assert "\033" not in (cwd / "runs" / name / "samples.txt").read_text("utf-8")
+    assert "step 1: " in base[1].out and "\033" not in base[1].out + base[1].err
+
+
+@bug
+def test_what_the_policy_samples_cannot_steer_the_terminal():
+    pieces = ["\033[2J", "1\r", "\x07+", "\x9b2J", "é"]
+    shown = "".join(common.credit_lines(pieces, [0.5] * 5, [0], {}, colour=False))
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f]", shown) and "é" in shown
