@@ -9,6 +9,7 @@ mask comes from lengths.
 """
 
 import csv
+import glob
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ from transformers import get_linear_schedule_with_warmup
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said in one line here
 
 
 class BadInput(Exception):
@@ -86,8 +88,10 @@ class RunConfig:
         require_range(self, 0, "seed", "warm_start_steps", "eval_every", "show_every")
         require_range(self, 1, "eval_problems", "eval_samples", "save_every")
         require_range(self, 2, "terms")
-        if not re.fullmatch(r"[\w.-]*", self.name) or self.name in (".", "..", "warm_start"):
-            raise BadInput(f"--name {self.name!r}: letters, digits, '.', '_' and '-', please")
+        if self.seed >= 1 << 63:
+            raise BadInput(f"--seed {self.seed}: must be below 2**63")
+        if not re.fullmatch(r"[\w.-]{0,99}", self.name) or self.name in (".", "..", "warm_start"):
+            raise BadInput(f"--name {self.name!r}: up to 99 letters, digits, '.', '_', '-', please")
 
 
 # ------------------------------------------------------------------------ problems and answers
@@ -150,9 +154,9 @@ def make_sum(seed: int, split: str, i: int, terms: int) -> Problem:
 def load_problems(data="sums", split="train", n: int | None = None, seed=0, terms=7):
     """The first `n` problems (None: all; of the built-in task 4,096) of a split: list[Problem].
 
-    data: "sums", or a local .jsonl, .json or .parquet file with the text columns `question` and
-    `answer`, the latter ending in "#### 18" or holding \\boxed{18}. split: "train", "validation"
-    or "test". Raises BadInput, naming file and line, for what cannot be read.
+    data: "sums", or a local file, .parquet or .jsonl (one object a line), with the texts `question`
+    and `answer`, the latter ending in "#### 18" or holding \\boxed{18}. split: "train",
+    "validation" or "test". Raises BadInput, naming file and line, for what cannot be read.
     """
     if data == "sums":
         return [make_sum(seed, split, i, terms) for i in range(4096 if n is None else n)]
@@ -169,7 +173,7 @@ def load_problems(data="sums", split="train", n: int | None = None, seed=0, term
         for i, line in lines:
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{data}, line {i}: not a whole line of JSON ({error})") from None
             texts = [row.get("question"), row.get("answer")] if isinstance(row, dict) else []
             if not texts or not all(isinstance(text, str) for text in texts):
@@ -179,10 +183,10 @@ def load_problems(data="sums", split="train", n: int | None = None, seed=0, term
     try:
         kind = "parquet" if path.suffix == ".parquet" else "json"
         with tempfile.TemporaryDirectory() as cache:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache)
-            rows = rows.to_list()
+            files = dict(data_files=glob.escape(str(path)), split="train")
+            rows = datasets.load_dataset(kind, **files, cache_dir=cache).to_list()
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error.__cause__ or error).split("\n")[0]
         raise BadInput(f"--data {data}: cannot be read as {kind} ({reason})") from None
     problems = []
     for i, row in zip(numbers or range(1, len(rows) + 1), rows):
@@ -206,15 +210,16 @@ def extract_answer(text: str) -> str | None:
     >>> [extract_answer(text) for text in ("3+4=7\\n#### 7", "so \\\\boxed{\\\\frac{1}{2}}", "7")]
     ['7', '\\\\frac{1}{2}', None]
     """
+    closing, open_braces = {}, []  # position of each "{" -> of the "}" that closes it
+    for i, char in enumerate(text):
+        if char == "{":
+            open_braces.append(i)
+        elif char == "}" and open_braces:
+            closing[open_braces.pop()] = i
     answer = None
-    for match in re.finditer(r"####([^\n]*)|\\boxed\s*\{", text):
-        found = match[1]
-        if found is None:  # walk to the brace that closes \boxed{
-            depth, end = 1, match.end()
-            while end < len(text) and depth:
-                depth += {"{": 1, "}": -1}.get(text[end], 0)
-                end += 1
-            found = "" if depth else text[match.end() : end - 1]
+    for match in re.finditer(r"####((?:(?!####|\\boxed\s*\{)[^\n])*)|\\boxed\s*\{", text):
+        end = match.end()
+        found = text[end : closing.get(end - 1, end)] if match[1] is None else match[1]
         answer = found.strip() or answer
     return answer
 
@@ -222,9 +227,11 @@ def extract_answer(text: str) -> str | None:
 def parse_number(text: str) -> Fraction | None:
     """The exact value of "1,234", "-0.5", "$18.00", "50%" (as 50), "1/2", "\\frac{1}{2}" or
     "3 apples"; None for anything else. Parsed, never evaluated, and of bounded length."""
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    text = re.sub(r"\\text\s*\{[^{}]*\}|\\[,!;% ]|[\s$%\\]|,(?=\d{3}(?!\d))", "", text)
-    number = r"([+-]?)(\d{1,100}\.?\d{0,100}|\.\d{1,100})(?:/(\d{1,100}))?[a-zA-Z]*\.?"
+    if len(text) > 300:
+        return None
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
+    text = re.sub(r"\\text\s*\{[^{}]*\}|\\[,!;:]|[$%\\]|(?<=\d),(?=\d{3}(?!\d))", "", text)
+    number = r"\s*([+-]?)\s*(\d+\.?\d*|\.\d+)\s*(?:/\s*(\d+))?[a-zA-Z\s]*\.?\s*"
     match = re.fullmatch(number, text, re.ASCII)
     if not match or (match[3] and int(match[3]) == 0):
         return None
@@ -380,9 +387,13 @@ def load_policy(folder: str | Path, device, dtype: torch.dtype = torch.float32):
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token")
         part = "weights"
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
+        if info["missing_keys"]:  # transformers would make them up at random
+            raise ValueError(f"there is no {min(info['missing_keys'])}")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError("the tokenizer has more tokens than the model has embeddings")
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"--model {folder}: cannot load its {part} ({reason})") from None
@@ -390,7 +401,7 @@ def load_policy(folder: str | Path, device, dtype: torch.dtype = torch.float32):
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None] % model.config.vocab_size
         logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
-        if not torch.allclose(model(ids).logits, logits, atol=1e-3):
+        if (model(ids).logits - logits).abs().max() > 1e-5 * logits.abs().max():
             raise BadInput(f"--model {folder}: rescales or caps its logits; not supported here")
     model.compute_dtype = dtype
     return model, tokenizer
@@ -448,7 +459,7 @@ def sample(
     """
     one = isinstance(max_new_tokens, int)
     budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)
-    if n < 1 or (not greedy and temperature <= 0) or len(budgets) != len(prefixes):
+    if n < 1 or not (greedy or temperature > 0) or len(budgets) != len(prefixes):
         raise ValueError("need n >= 1, a temperature above 0, and one budget or one per prefix")
     if any(not p or b < 0 or len(p) + b > window(model) for p, b in zip(prefixes, budgets)):
         raise ValueError(f"a prefix is empty, or longer with its budget than {window(model)}")
@@ -459,17 +470,17 @@ def sample(
     queue.sort(key=lambda row: len(rollouts[row].prompt) + budgets[row])
     was_training = model.training
     model.eval()
-    while queue:
-        lengths = [len(rollouts[row].prompt) + budgets[row] for row in queue]  # ascending
-        fits = [size for size, longest in enumerate(lengths, 1) if size * longest <= max_tokens]
-        size = max(fits, default=1)
-        rows, queue = queue[:size], queue[size:]
-        with autocast(model):
-            decode(
-                model, [rollouts[row] for row in rows], [budgets[row] for row in rows], eos,
-                temperature, greedy, generator,
-            )  # fmt: skip
-    model.train(was_training)
+    try:
+        while queue:
+            lengths = [len(rollouts[row].prompt) + budgets[row] for row in queue]  # ascending
+            fits = [size for size, longest in enumerate(lengths, 1) if size * longest <= max_tokens]
+            size = max(fits, default=1)
+            rows, queue = queue[:size], queue[size:]
+            batch = [rollouts[row] for row in rows], [budgets[row] for row in rows]
+            with autocast(model):
+                decode(model, *batch, eos, temperature, greedy, generator)
+    finally:
+        model.train(was_training)
     return rollouts
 
 
@@ -805,6 +816,8 @@ def parse_args(config_class, script: str, description: str, tiny: dict):
     cfg, run, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")
+    if not run.name:
+        raise BadInput("--name '': a run needs a name")
     return cfg, run
 
 
@@ -934,6 +947,12 @@ def paint(text: str, credit: float) -> str:
     return f"\033[48;5;{shade};38;5;231m{text}\033[0m" if text and credit else text
 
 
+def printable(text: str) -> str:
+    """`text` without control characters but line breaks: what a policy samples must not steer the
+    terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+
+
 def credit_lines(pieces, credits, starts, notes, colour: bool) -> list[str]:
     """An answer line by line; "|" opens a segment, whose credit stands to the right.
 
@@ -942,6 +961,7 @@ def credit_lines(pieces, credits, starts, notes, colour: bool) -> list[str]:
     """
     rows = [["", "", "", ""]]  # plain text, what is printed of it, opened credits, remark
     for t, (piece, credit) in enumerate(zip(pieces, credits)):
+        piece = printable(piece)
         if t in starts:
             piece, rows[-1][2] = "|" + piece, rows[-1][2] + f"{credit:+.2f} "
         rows[-1][3] += notes.get(t, "")

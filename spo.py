@@ -242,7 +242,7 @@ def show_answer(problems, rollouts, credit: Credit, tokenizer, colour: bool) -> 
         line = tokenizer.decode(ids[:wrong]).count("\n")
         right = problem.solution.split("\n")[line:][:1] or ["nothing more"]
         notes[wrong] = f"<- first wrong step; right: {right[0]}"
-    question = problem.question.replace("\n", " ")[:80]
+    question = common.printable(problem.question.replace("\n", " "))[:80]
     title = f"{question}   answer {problem.answer}, reward {rollouts[i].reward:.0f}"
     pieces, s = [tokenizer.decode([id]) for id in ids], credit.samples[i]
     lines = common.credit_lines(pieces, s.advantages, credit.starts[i], notes, colour)

@@ -1,4 +1,4 @@
-"""No test may use the network: nothing is downloaded, and a socket that leaves the machine fails."""
+"""No test may use the network: nothing is downloaded, and a socket that leaves here fails."""
 
 import os
 import socket

@@ -487,8 +487,8 @@ def test_a_bad_parquet_row_is_named(tmp_path, rows, words):
 
 @pytest.mark.parametrize(
     "text",
-    ["31+4=35\n#### 28", " leading,  double  and trailing \n\n", "naïve π 数 🙂 e\u0301", "\t\r\n\0",
-     "a<end>b", "<end>", ""],
+    ["31+4=35\n#### 28", " leading,  double  and trailing \n\n", "naïve π 数 🙂 e\u0301",
+     "\t\r\n\0", "a<end>b", "<end>", ""],
 )  # fmt: skip
 def test_tokenizer_round_trips_any_text(text):
     tokenizer = common.build_tokenizer()
@@ -1144,3 +1144,70 @@ def test_colour_adds_nothing_but_colour():
     assert len(set(shade.values())) == 4  # sign and strength both show
     assert common.paint("x", 0.0) == "x"
     assert all("48;5;%d;" % c in shade[v] for c, v in [(124, -1.0), (52, -0.1), (22, 0.1), (34, 1)])
+
+
+# ------------------------------------------------------------------- what once went wrong and why
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("#### 5 #### 6", "6"),
+        (r"#### \boxed{7}", "7"),
+        (r"\boxed{3} #### 4", "4"),
+        (r"#### 4 \boxed{5", "4"),  # a box that never closes counts for nothing
+    ],
+)
+def test_a_later_marker_on_the_same_line_counts(text, answer):
+    assert common.reward(text, answer) == 1.0
+
+
+def test_many_open_boxes_are_read_in_linear_time():
+    began = time.perf_counter()
+    assert common.extract_answer("\\boxed{" * 40_000) is None
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("text", ["1 1/2", r"2\frac{1}{2}", "3 4", "1,23,456", "1e5", "1" * 301])
+def test_numbers_side_by_side_are_not_run_together(text):
+    assert common.parse_number(text) is None
+
+
+def test_a_file_name_is_not_a_pattern(tmp_path):
+    lines = [json.dumps(dict(question=f"q{i}", answer=f"#### {i}")) for i in range(40)]
+    for name, part in (("a[1].jsonl", lines[:20]), ("a1.jsonl", lines[20:])):
+        (tmp_path / name).write_text("\n".join(part))
+    read = [common.load_problems(str(tmp_path / "a[1].jsonl"), s) for s in ("train", "test")]
+    assert {p.answer for part in read for p in part} <= {str(i) for i in range(20)}
+
+
+def test_json_nested_too_deep_is_one_line(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    with pytest.raises(BadInput, match="line 1"):
+        common.load_problems(str(tmp_path / "deep.jsonl"))
+
+
+def test_a_model_without_all_weights_or_with_too_few_embeddings_is_refused(tmp_path):
+    tokenizer = common.build_tokenizer()
+    model = llama(vocab=len(tokenizer))
+    weights = {k: v for k, v in model.state_dict().items() if "layers.1" not in k}
+    model.save_pretrained(tmp_path / "part", state_dict=weights)
+    llama(vocab=len(tokenizer) - 1).save_pretrained(tmp_path / "small")
+    for name in ("part", "small"):
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(BadInput, match=name):
+            common.load_policy(tmp_path / name, "cpu")
+
+
+def test_a_failed_sample_restores_the_models_mode(monkeypatch):
+    model = llama().train()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(common, "decode", fail)
+    with pytest.raises(RuntimeError):
+        common.sample(model, [[1]], max_new_tokens=2, eos={12})
+    assert model.training
+    with pytest.raises(ValueError):
+        common.sample(model, [[1]], max_new_tokens=2, eos={12}, temperature=math.nan)
