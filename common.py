@@ -365,9 +365,10 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
             optimizer.zero_grad()
             schedule.step()
         bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
-    with new_folder(folder) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}")  # two runs may make it at once
+    model.save_pretrained(tmp)
+    tokenizer.save_pretrained(tmp)
+    shutil.rmtree(tmp) if folder.is_dir() else tmp.rename(folder)
     return folder
 
 
@@ -738,7 +739,10 @@ def find_checkpoint(folder: Path) -> Path:
 def resume(folder: Path, optimizer, schedule, generator) -> dict:
     """Restore what `save_checkpoint` saved beside the weights, cut off log rows written after it,
     and return the run's progress."""
-    state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+    try:
+        state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+    except Exception:
+        raise BadInput(f"--resume: {folder}/checkpoint/state.pt is missing or damaged") from None
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     generator.set_state(state["generator"])
@@ -840,12 +844,17 @@ def configuration(cfg, run: RunConfig) -> dict:
 def run_folder(cfg, run: RunConfig) -> Path:
     """runs/<name>, after checking that this run may use it. Raises BadInput if it may not."""
     folder = Path("runs", run.name)
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise BadInput("runs is a file here, where the folder of all runs should be")
     if run.resume and not (folder / "config.json").is_file():
         raise BadInput(f"--resume: {folder} holds no run")
     if run.resume and (folder / "summary.json").exists():
         raise BadInput(f"--resume: {folder} is finished; its summary.json has the results")
     if run.resume:
-        old = json.loads((folder / "config.json").read_text())
+        try:
+            old = dict(json.loads((folder / "config.json").read_text()))
+        except ValueError:
+            raise BadInput(f"--resume: {folder}/config.json is damaged") from None
         for key, value in configuration(cfg, run).items():
             if old.get(key) != value:
                 raise BadInput(f"--resume: {folder} has {key} = {old.get(key)}, not {value}")

@@ -217,6 +217,19 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(base, warm, r
     assert len(list((runs / "warm_start").iterdir())) == 1
 
 
+def test_the_seed_decides_what_is_sampled_to_the_same_problem(warm, run):
+    questions = {common.split_of(f"{n}+5"): f"{n}+5" for n in range(10, 40)}
+    pairs = [(questions[split], "#### 1") for split in ("train", "test")]
+    rows = [json.dumps(dict(question=question, answer=answer)) for question, answer in pairs]
+    (warm / "rows.jsonl").write_text("\n".join(rows))
+    (start,) = (warm / "runs" / "warm_start").iterdir()
+    args = [*SHORT, "--data", "rows.jsonl", "--model", str(start), "--steps", "1"]
+    for seed in "01":
+        assert run(*args, "--seed", seed, "--name", seed).code == 0
+    tokens = [metrics(warm / "runs" / seed)[0]["sampled_tokens"] for seed in "01"]
+    assert tokens[0] != tokens[1]
+
+
 @pytest.mark.parametrize("policy", [[], ["--model", "runs/spo/checkpoint", "--name", "none"]])
 def test_eval_only_repeats_the_final_evaluation_and_writes_nothing(base, run, policy):
     before = listing(base[0])
@@ -375,13 +388,28 @@ def test_a_warm_start_killed_while_it_is_saved_is_not_trusted_later(run, tmp_pat
     assert run(*args, cwd=tmp_path).code == 0
     runs = tmp_path / "runs"
     (made,) = (runs / "warm_start").iterdir()
-    expected, start = result(runs / "spo"), weights(made)
-    for k in (2, 3, 4, 5):
-        shutil.rmtree(runs)
+    expected, start, torn = result(runs / "spo"), weights(made), 0
+    for k in range(1, 20):
+        shutil.rmtree(runs, ignore_errors=True)
         assert run(*args, patch=DEADLY.format(k=k)).code == 9
-        assert [path.name[0] for path in (runs / "warm_start").glob("*")] in ([], ["."])
-        assert run(*args).code == 0
-        assert weights(made) == start and result(runs / "spo") == expected
+        torn += bool([*runs.glob("warm_start/.*/config.json")])
+        if any(path.name[0] != "." for path in runs.glob("warm_start/*")):
+            break  # it has appeared
+        if torn:
+            assert run(*args).code == 0, k
+            assert weights(made) == start and result(runs / "spo") == expected, k
+    assert torn == 2  # before its tokenizer, and before its rename
+    assert run(*args).code == 0
+    assert weights(made) == start and result(runs / "spo") == expected
+
+
+def test_a_warm_start_is_shared_only_by_runs_with_the_same_recipe(run, tmp_path):
+    args = [*SHORT, "--warm_start_steps", "2", "--steps", "1"]
+    changes = ("--lr 2e-3", 1), ("--warm_start_steps 1", 2), ("--terms 3", 3), ("--seed 1", 4)
+    assert run(*args).code == 0
+    for i, (change, count) in enumerate(changes):
+        assert run(*args, *change.split(), "--name", str(i)).code == 0
+        assert len([*tmp_path.glob("runs/warm_start/*")]) == count, change
 
 
 @pytest.mark.parametrize("save_every", ["1", "2"])
@@ -436,6 +464,11 @@ def messy(base, tmp_path_factory):
     (half / "summary.json").unlink()
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "name": "half"}))
+    for name in ("mangled", "stateless"):
+        shutil.copytree(half, cwd / "runs" / name)
+        (cwd / "runs" / name / "config.json").write_text(json.dumps({**config, "name": name}))
+    (cwd / "runs" / "mangled" / "config.json").write_text("{")
+    (cwd / "runs" / "stateless" / "checkpoint" / "state.pt").write_text("{")
     (cwd / "runs" / "taken").mkdir()
     for name, text in FILES.items():
         (cwd / name).write_text(text)
@@ -526,6 +559,8 @@ BAD = [  # arguments, and what the message must name
     (NEW + "--data unanswered.jsonl", "unanswered.jsonl, row 3:"),
     (NEW + "--data single.jsonl", "single.jsonl"),
     (NEW + "--data broken.parquet", "broken.parquet"),
+    ("--name mangled --resume", "runs/mangled/config.json is damaged"),
+    ("--name stateless --resume", "runs/stateless/checkpoint/state.pt"),
     (NEW + "--model absent", "--model absent"),
     (NEW + "--model no_weights", "--model no_weights: cannot load its weights"),
     (NEW + "--model no_tokenizer", "--model no_tokenizer: cannot load its tokenizer"),
@@ -560,6 +595,12 @@ def test_bad_input_to_a_fresh_interpreter_is_one_line_too(tmp_path):
     done = python(tmp_path, "--threshold", "1.5")
     assert done == (2, "", "error: --threshold 1.5: is a probability, so at most 1\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_runs_folder_is_one_line(run, tmp_path):
+    (tmp_path / "runs").write_text("")
+    done = run(*BASE)
+    assert (done.code, done.err.count("\n")) == (2, 1) and done.err.startswith("error: runs is a")
 
 
 def test_help_lists_every_setting(run, tmp_path):
