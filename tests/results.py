@@ -47,9 +47,10 @@ def run(name: str, flags: str, threads: int | None = None) -> Path:
     return folder
 
 
-def pm(values: list[float]) -> str:
+def pm(values: list[float], digits: int) -> str:
     """Mean over seeds and its standard error."""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    stderr = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.{digits}f} ± {stderr:.{digits}f}"
 
 
 def accuracy_at(folder: Path, column: str, point: float) -> float | None:
@@ -76,7 +77,7 @@ def default_table() -> None:
             f"| {s['pass_at_k_after']:.3f} | {s['sampled_tokens'] / 1e6:.2f} M "
             f"| {s['seconds']:.0f} s |"
         )
-    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries])}")
+    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries], 3)}")
     hits = ", ".join(f"{s['credit_hit']:.2f} (chance {s['credit_chance']:.2f})" for s in summaries)
     print(f"credit hits, by seed: {hits}\n")
 
@@ -92,7 +93,8 @@ def compare_table() -> None:
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda job: run(*job, threads=1), jobs)
         list(tqdm(results, "comparison", len(jobs), unit="run"))
-    heads = [f"{p:,} {c.replace('sampled_', '')}" for c, points in POINTS.items() for p in points]
+    units = dict(step="updates", sampled_tokens="tokens", seconds="s")
+    heads = [f"{point:,} {units[c]}" for c, points in POINTS.items() for point in points]
     print(f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for i, name in enumerate(COMPARED):
         cells = []
@@ -100,7 +102,7 @@ def compare_table() -> None:
             for point in points:
                 folders = [Path("runs", f"compare-{i}-{seed}") for seed in SEEDS]
                 values = [accuracy_at(folder, column, point) for folder in folders]
-                cells.append("" if None in values else pm(values))
+                cells.append("" if None in values else pm(values, 2))
         print(f"| {name} | {' | '.join(cells)} |")
 
 

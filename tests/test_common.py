@@ -1211,3 +1211,10 @@ def test_a_failed_sample_restores_the_models_mode(monkeypatch):
     assert model.training
     with pytest.raises(ValueError):
         common.sample(model, [[1]], max_new_tokens=2, eos={12}, temperature=math.nan)
+
+
+def test_a_line_of_many_segments_lists_the_first_six():
+    (line,) = common.credit_lines(list("abcdefgh"), [0.5] * 8, list(range(8)), {}, colour=False)
+    assert line == "  |a|b|c|d|e|f|g|h  " + " ".join(["+0.50"] * 6) + " and 2 more"
+    (line,) = common.credit_lines(list("abcdef"), [0.5] * 6, list(range(6)), {}, colour=False)
+    assert line.endswith("+0.50") and line.count("+0.50") == 6
