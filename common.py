@@ -808,7 +808,8 @@ def describe(result: dict) -> str:
 def parse_args(config_class, script: str, description: str, tiny: dict):
     """(Config, RunConfig) from the command line; --tiny makes `tiny` the defaults."""
     both = (config_class, RunConfig)
-    parser = HfArgumentParser(both, description=description, allow_abbrev=False)
+    title = description.split("\n")[0]  # argparse would run the whole header together
+    parser = HfArgumentParser(both, description=title, allow_abbrev=False)
 
     def refuse(message):
         raise BadInput(message)
