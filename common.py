@@ -864,15 +864,14 @@ def run_folder(cfg, run: RunConfig) -> Path:
     return folder
 
 
-def open_policy(run: RunConfig, folder: Path, problems: list[Problem], device, dtype):
+def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, dtype):
     """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start. Raises
     BadInput for a prompt that leaves no room in the model's window."""
     source = run.model
     if run.resume or (run.eval_only and not run.model):
         source = find_checkpoint(folder)
-    train = [problem for problem in problems if split_of(problem.question) == "train"]
     model, tokenizer = load_policy(source or warm_start(run, train, device, dtype), device, dtype)
-    for problem in problems:
+    for problem in train + test:
         if (length := len(prompt_ids(tokenizer, problem))) >= window(model):
             raise BadInput(
                 f"a prompt of {length} tokens exceeds the model's window of {window(model)}: "

@@ -262,7 +262,7 @@ def main() -> None:
             f"partition {cfg.partition}, mask {'on' if cfg.mask else 'off'}, on {device} in "
             f"{str(dtype)[6:]}, to {folder}/"
         )
-    model, tokenizer = common.open_policy(run, folder, train + test, device, dtype)
+    model, tokenizer = common.open_policy(run, folder, train, test, device, dtype)
 
     def evaluate() -> dict:
         size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
