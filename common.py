@@ -296,6 +296,11 @@ def prompt_ids(tokenizer, problem: Problem) -> list[int]:
     return encode(tokenizer, problem.question + "\n")
 
 
+def initial_state(tokenizer, problem: Problem) -> tuple[list[int], list[int], str]:
+    """(prompt ids, answer ids so far, true answer): what `complete` goes on from."""
+    return prompt_ids(tokenizer, problem), [], problem.answer
+
+
 def solution_ids(tokenizer, problem: Problem) -> list[int]:
     return [*encode(tokenizer, problem.solution), tokenizer.eos_token_id]
 
@@ -631,14 +636,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_eps: float):
-    """PPO's objective per token (arXiv 1707.06347, Eq. 7), to be maximised, and where the clip has
-    cut the gradient; all of one shape.
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | Tensor):
+    """PPO's objective per action (arXiv 1707.06347, Eq. 7), to be maximised, and where the clip has
+    cut the gradient; all of one shape. log_ratio: log pi(action) - log pi_old(action).
 
     min() makes the clip one-sided: a positive advantage stops pushing once the ratio is above
     1 + eps, a negative one once it is below 1 - eps.
     """
-    ratio = (logprobs - old_logprobs).clamp(-10, 10).exp()
+    ratio = log_ratio.clamp(-10, 10).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     return objective, clipped * advantages < ratio * advantages
@@ -771,21 +776,32 @@ def response_reward(ids: list[int], finished: bool, answer: str, tokenizer) -> f
     return reward(tokenizer.decode(ids, skip_special_tokens=True), answer) if finished else 0.0
 
 
+def complete(model, tokenizer, states, n: int, max_new_tokens: int, **options) -> list[Rollout]:
+    """`n` rewarded completions of each state, state-major.
+
+    A state is (prompt ids, answer ids so far, true answer); its rollouts' `prompt` holds the first
+    two. Budget and reward are those of the whole answer. options: `sample`'s.
+    """
+    prefixes = [[*prompt, *done] for prompt, done, _ in states]
+    rooms = [answer_budget(model, prompt, max_new_tokens) - len(done) for prompt, done, _ in states]
+    stops = eos_ids(model, tokenizer)
+    rollouts = sample(model, prefixes, n, max_new_tokens=rooms, eos=stops, **options)
+    for i, r in enumerate(rollouts):
+        _, done, answer = states[i // n]
+        r.reward = response_reward([*done, *r.ids], r.finished, answer, tokenizer)
+    return rollouts
+
+
 def evaluate(model, tokenizer, problems, samples, max_new_tokens, temperature, seed) -> dict:
     """Accuracy over `problems` with standard errors: sampled (the mean of `samples` answers),
     pass@k (the best of them) and greedy. The errors treat a problem, not an answer, as one draw."""
-    prompts = [prompt_ids(tokenizer, problem) for problem in problems]
-    options = dict(
-        max_new_tokens=[answer_budget(model, prompt, max_new_tokens) for prompt in prompts],
-        eos=eos_ids(model, tokenizer), temperature=temperature,
-        generator=torch.Generator(model.device).manual_seed(seed),
-    )  # fmt: skip
+    states = [initial_state(tokenizer, problem) for problem in problems]
+    generator = torch.Generator(model.device).manual_seed(seed)
 
     def rewards(n: int, greedy: bool) -> Tensor:  # (problems, n)
-        rollouts = sample(model, prompts, n, greedy=greedy, **options)
-        pairs = zip(rollouts, [problem.answer for problem in problems for _ in range(n)])
-        scores = [response_reward(r.ids, r.finished, answer, tokenizer) for r, answer in pairs]
-        return torch.tensor(scores).view(-1, n)
+        options = dict(temperature=temperature, greedy=greedy, generator=generator)
+        rollouts = complete(model, tokenizer, states, n, max_new_tokens, **options)
+        return torch.tensor([r.reward for r in rollouts]).view(-1, n)
 
     sampled, greedy = rewards(samples, False), rewards(1, True)[:, 0]
     result = {"k": samples}
@@ -887,23 +903,18 @@ def start_run(folder: Path, cfg, run: RunConfig, *checkpoint) -> None:
         save_checkpoint(tmp, *checkpoint)
 
 
-def finish_run(folder: Path, progress: dict, after: dict) -> None:
-    """Print what came of the run, and write it to summary.json."""
-    before, failures = progress["before"], progress["failures"]
+def finish_run(folder: Path, progress: dict, after: dict, facts: dict = {}, remark="") -> None:
+    """Print what came of the run, and write it to summary.json, together with `facts`."""
+    before = progress["before"]
     summary = {f"{key}_before": value for key, value in before.items() if key != "k"}
     summary |= {f"{key}_after": value for key, value in after.items() if key != "k"}
     summary |= dict(k=after["k"], accuracy_stderr=after["accuracy_stderr"])
-    summary |= {key: progress[key] for key in ("sampled_tokens", "seconds")}
-    print(f"before: {describe(before)}\nafter:  {describe(after)}")
-    if failures:
-        hit, chance = progress["hits"] / failures, progress["chance"] / failures
-        summary |= dict(failures=failures, credit_hit=hit, credit_chance=chance)
-        print(
-            f"credit: the most negative segment held the first wrong token in {hit:.0%} of "
-            f"{failures:,} failures (by chance {chance:.0%})"
-        )
+    summary |= {key: progress[key] for key in ("sampled_tokens", "seconds")} | facts
     tokens, seconds = progress["sampled_tokens"] / 1e6, progress["seconds"]
-    print(f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {folder}/")
+    print(
+        f"before: {describe(before)}\nafter:  {describe(after)}\n{remark}"
+        f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {folder}/"
+    )
     (folder / "summary.tmp").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "summary.tmp").rename(folder / "summary.json")
 
@@ -962,18 +973,29 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
-def credit_lines(pieces, credits, starts, notes, colour: bool) -> list[str]:
-    """An answer line by line; "|" opens a segment, whose credit stands to the right.
+def answer_notes(problem: Problem, rollout: Rollout, tokenizer) -> tuple[str, dict[int, str]]:
+    """What to show with an answer: its title, and a remark on its first wrong token, if known."""
+    notes, wrong = {}, first_wrong_token(rollout.ids, problem, tokenizer)
+    if wrong is not None:
+        line = tokenizer.decode(rollout.ids[:wrong]).count("\n")
+        right = problem.solution.split("\n")[line:][:1] or ["nothing more"]
+        notes[wrong] = f"<- first wrong step; right: {right[0]}"
+    question = printable(problem.question.replace("\n", " "))[:80]
+    return f"{question}   answer {problem.answer}, reward {rollout.reward:.0f}", notes
 
-    pieces: the tokens as text; credits: one per token; starts: the first token of each segment;
-    notes: token index -> a remark on that token's line.
+
+def credit_lines(pieces, credits, labels, notes, colour: bool) -> list[str]:
+    """An answer line by line; "|" opens a segment, whose label stands to the right.
+
+    pieces: the tokens as text; credits: one per token, its colour; labels: first token of a segment
+    -> its label; notes: token index -> a remark on that token's line.
     """
-    rows = [["", "", [], ""]]  # plain text, what is printed of it, opened credits, remark
+    rows = [["", "", [], ""]]  # plain text, what is printed of it, opened labels, remark
     for t, (piece, credit) in enumerate(zip(pieces, credits)):
         piece = printable(piece)
-        if t in starts:
+        if t in labels:
             piece = "|" + piece
-            rows[-1][2].append(f"{credit:+.2f}")
+            rows[-1][2].append(labels[t])
         rows[-1][3] += notes.get(t, "")
         for i, part in enumerate(piece.split("\n")):
             if i:

@@ -127,8 +127,8 @@ def spo_loss(logprobs: Tensor, batch: Batch, mask: Tensor, normaliser: int, clip
     mask: M (B, T). normaliser: Z, the sum of M over the WHOLE optimiser step; where that is 0, so
     is the loss.
     """
-    arguments = (logprobs, batch.old_logprobs, batch.advantages)  # (B, T) each
-    objective, clipped = common.clipped_surrogate(*arguments, clip_eps)  # (B, T), (B, T)
+    log_ratio = logprobs - batch.old_logprobs  # (B, T)
+    objective, clipped = common.clipped_surrogate(log_ratio, batch.advantages, clip_eps)  # (B, T)
     return -(objective * mask).sum() / max(normaliser, 1), clipped & mask
 
 
@@ -163,20 +163,11 @@ def estimate_values(model, tokenizer, states, cfg: Config, generator) -> tuple[l
     """
     states = [(tuple(prompt), tuple(done), answer) for prompt, done, answer in states]
     distinct = list(dict.fromkeys(states))
-    rooms = [common.answer_budget(model, prompt, cfg.max_new_tokens) for prompt, _, _ in distinct]
-    rollouts = common.sample(
-        model, [[*prompt, *done] for prompt, done, _ in distinct], cfg.continuations,
-        max_new_tokens=[room - len(done) for room, (_, done, _) in zip(rooms, distinct)],
-        eos=common.eos_ids(model, tokenizer), temperature=cfg.temperature, generator=generator,
-    )  # fmt: skip
-    values, tokens = {}, sum(len(r.ids) for r in rollouts)
-    for i, state in enumerate(distinct):
-        _, done, answer = state
-        group = rollouts[i * cfg.continuations : (i + 1) * cfg.continuations]
-        answers = [([*done, *r.ids], r.finished) for r in group]
-        rewards = [common.response_reward(ids, end, answer, tokenizer) for ids, end in answers]
-        values[state] = sum(rewards) / len(rewards)
-    return [values[state] for state in states], tokens
+    size, options = cfg.continuations, dict(temperature=cfg.temperature, generator=generator)
+    rollouts = common.complete(model, tokenizer, distinct, size, cfg.max_new_tokens, **options)
+    values = torch.tensor([r.reward for r in rollouts]).view(-1, size).mean(1)  # (distinct,)
+    value_of = dict(zip(distinct, values.tolist()))
+    return [value_of[state] for state in states], sum(len(r.ids) for r in rollouts)
 
 
 def assign_credit(model, tokenizer, rollouts, answers, cfg: Config, generator) -> Credit:
@@ -236,16 +227,11 @@ def show_answer(problems, rollouts, credit: Credit, tokenizer, colour: bool) -> 
     """One answer of the step with its credit: the first failure that got any, else the first."""
     credited = [any(s.advantages) for s in credit.samples]
     i = next((i for i, r in enumerate(rollouts) if credited[i] and not r.reward), 0)
-    problem, ids, notes = problems[i], rollouts[i].ids, {}
-    wrong = common.first_wrong_token(ids, problem, tokenizer)
-    if wrong is not None:
-        line = tokenizer.decode(ids[:wrong]).count("\n")
-        right = problem.solution.split("\n")[line:][:1] or ["nothing more"]
-        notes[wrong] = f"<- first wrong step; right: {right[0]}"
-    question = common.printable(problem.question.replace("\n", " "))[:80]
-    title = f"{question}   answer {problem.answer}, reward {rollouts[i].reward:.0f}"
-    pieces, s = [tokenizer.decode([id]) for id in ids], credit.samples[i]
-    lines = common.credit_lines(pieces, s.advantages, credit.starts[i], notes, colour)
+    title, notes = common.answer_notes(problems[i], rollouts[i], tokenizer)
+    pieces = [tokenizer.decode([id]) for id in rollouts[i].ids]
+    advantages = credit.samples[i].advantages
+    labels = {t: f"{advantages[t]:+.2f}" for t in credit.starts[i]}
+    lines = common.credit_lines(pieces, advantages, labels, notes, colour)
     return "\n".join([title, *lines])
 
 
@@ -283,21 +269,18 @@ def main() -> None:
         progress["before"] = evaluate()
         common.start_run(folder, cfg, run, *trainer, progress)
     print(f"before: {common.describe(progress['before'])}")
-    eos, ctrl_c, done = common.eos_ids(model, tokenizer), common.CtrlC(), progress["step"]
+    ctrl_c, done = common.CtrlC(), progress["step"]
     for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
         # 1. Sample G answers to each problem, and reward them.
         began = time.time()
         problems = common.batch_at(train, step, cfg.prompts, run.seed)
-        prompts = [common.prompt_ids(tokenizer, problem) for problem in problems]
-        rooms = [common.answer_budget(model, prompt, cfg.max_new_tokens) for prompt in prompts]
-        rollouts = common.sample(
-            model, prompts, cfg.group_size, max_new_tokens=rooms, eos=eos,
-            temperature=cfg.temperature, generator=generator,
-        )  # fmt: skip
+        states = [common.initial_state(tokenizer, problem) for problem in problems]
+        options = dict(temperature=cfg.temperature, generator=generator)
+        rollouts = common.complete(
+            model, tokenizer, states, cfg.group_size, cfg.max_new_tokens, **options
+        )
         problems = [problem for problem in problems for _ in range(cfg.group_size)]  # one a rollout
         answers = [problem.answer for problem in problems]
-        for r, answer in zip(rollouts, answers):
-            r.reward = common.response_reward(r.ids, r.finished, answer, tokenizer)
 
         # 2. Cut each answer into segments, and credit each with the value it added.
         credit = assign_credit(model, tokenizer, rollouts, answers, cfg, generator)
@@ -345,7 +328,15 @@ def main() -> None:
             bar.close()
             print(f"saved after step {step + 1} in {folder}/; --resume continues")
             return
-    common.finish_run(folder, progress, evaluate())
+    facts, remark = {}, ""
+    if failures := progress["failures"]:
+        hit, chance = progress["hits"] / failures, progress["chance"] / failures
+        facts = dict(failures=failures, credit_hit=hit, credit_chance=chance)
+        remark = (
+            f"credit: the most negative segment held the first wrong token in {hit:.0%} of "
+            f"{failures:,} failures (by chance {chance:.0%})\n"
+        )
+    common.finish_run(folder, progress, evaluate(), facts, remark)
 
 
 if __name__ == "__main__":

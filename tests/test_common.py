@@ -142,19 +142,19 @@ def test_equal_rewards_give_exactly_no_advantage(value, size, scale):
     ],
 )
 def test_clipped_surrogate_by_hand(ratio, advantage, objective, slope, clipped):
-    old = torch.tensor([-1.3], dtype=torch.float64)
-    new = (old + math.log(ratio)).requires_grad_()
+    log_ratio = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([advantage], dtype=torch.float64)
-    value, cut = common.clipped_surrogate(new, old, advantages, 0.2)
-    (gradient,) = torch.autograd.grad(value.sum(), new)
-    assert value.item() == pytest.approx(objective)
-    assert gradient.item() == pytest.approx(slope)
-    assert cut.tolist() == [clipped]
+    for eps in (0.2, torch.tensor([0.2], dtype=torch.float64)):  # one for all, or one each
+        value, cut = common.clipped_surrogate(log_ratio, advantages, eps)
+        (gradient,) = torch.autograd.grad(value.sum(), log_ratio)
+        assert value.item() == pytest.approx(objective)
+        assert gradient.item() == pytest.approx(slope)
+        assert cut.tolist() == [clipped]
 
 
 def test_clipped_surrogate_bounds_the_ratio():
-    new, old = torch.tensor([0.0, -500.0]), torch.tensor([-500.0, 0.0])
-    value, _ = common.clipped_surrogate(new, old, torch.tensor([-1.0, 1.0]), 0.2)
+    log_ratio = torch.tensor([500.0, -500.0])
+    value, _ = common.clipped_surrogate(log_ratio, torch.tensor([-1.0, 1.0]), 0.2)
     assert value.tolist() == pytest.approx([-math.exp(10), math.exp(-10)])
 
 
@@ -1126,10 +1126,11 @@ def test_a_model_that_rescales_its_logits_is_refused(tmp_path, config, kind, sca
 
 PIECES = ["3", "+", "4", "=", "8", "\n", "#", "###", " 8", "<end>"]
 CREDITS = [0.0, 0.0, 0.0, 0.25, -1.0, -1.0, 0.5, 0.5, 0.5, 0.0]
+LABELS = {3: "+0.25", 4: "-1.00", 6: "+0.50"}
 
 
 def test_credit_lines_by_hand():
-    given = common.credit_lines(PIECES, CREDITS, [3, 4, 6], {4: "<- wrong"}, colour=False)
+    given = common.credit_lines(PIECES, CREDITS, LABELS, {4: "<- wrong"}, colour=False)
     assert given == [
         "  3+4|=|8       +0.25 -1.00  <- wrong",
         "  |#### 8<end>  +0.50",
@@ -1137,8 +1138,8 @@ def test_credit_lines_by_hand():
 
 
 def test_colour_adds_nothing_but_colour():
-    plain = common.credit_lines(PIECES, CREDITS, [3, 4, 6], {4: "<- wrong"}, colour=False)
-    coloured = common.credit_lines(PIECES, CREDITS, [3, 4, 6], {4: "<- wrong"}, colour=True)
+    plain = common.credit_lines(PIECES, CREDITS, LABELS, {4: "<- wrong"}, colour=False)
+    coloured = common.credit_lines(PIECES, CREDITS, LABELS, {4: "<- wrong"}, colour=True)
     assert [re.sub(r"\033\[[\d;]*m", "", line) for line in coloured] == plain != coloured
     shade = {credit: common.paint("x", credit) for credit in (-1.0, -0.1, 0.1, 1.0)}
     assert len(set(shade.values())) == 4  # sign and strength both show
@@ -1214,7 +1215,9 @@ def test_a_failed_sample_restores_the_models_mode(monkeypatch):
 
 
 def test_a_line_of_many_segments_lists_the_first_six():
-    (line,) = common.credit_lines(list("abcdefgh"), [0.5] * 8, list(range(8)), {}, colour=False)
-    assert line == "  |a|b|c|d|e|f|g|h  " + " ".join(["+0.50"] * 6) + " and 2 more"
-    (line,) = common.credit_lines(list("abcdef"), [0.5] * 6, list(range(6)), {}, colour=False)
-    assert line.endswith("+0.50") and line.count("+0.50") == 6
+    labels = {t: f"L{t}" for t in range(8)}
+    (line,) = common.credit_lines(list("abcdefgh"), [0.5] * 8, labels, {}, colour=False)
+    assert line == "  |a|b|c|d|e|f|g|h  L0 L1 L2 L3 L4 L5 and 2 more"
+    del labels[6], labels[7]
+    (line,) = common.credit_lines(list("abcdef"), [0.5] * 6, labels, {}, colour=False)
+    assert line == "  |a|b|c|d|e|f  L0 L1 L2 L3 L4 L5"

@@ -420,7 +420,7 @@ def broken(*args):
     global steps
     steps += 1
     if steps == 3:
-        spo.common.clipped_surrogate = lambda new, old, a, eps: (new * float("nan"), new > 9)
+        spo.common.clipped_surrogate = lambda ratio, a, eps: (ratio * float("nan"), ratio > 9)
     return update(*args)
 spo.update = broken
 """
@@ -673,5 +673,5 @@ def test_only_a_terminal_gets_colour_and_not_with_no_color(base, warm, run):
 
 def test_what_the_policy_samples_cannot_steer_the_terminal():
     pieces = ["\033[2J", "1\r", "\x07+", "\x9b2J", "é"]
-    shown = "".join(common.credit_lines(pieces, [0.5] * 5, [0], {}, colour=False))
+    shown = "".join(common.credit_lines(pieces, [0.5] * 5, {}, {}, colour=False))
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", shown) and "é" in shown

@@ -1,84 +1,23 @@
 """SPO's maths against hand-worked cases, plain loops, and a policy small enough to enumerate."""
 
 import dataclasses
-import itertools
 import math
 import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import spo
 from common import BadInput, Rollout, Sample
+from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs, exact_values, fake_rewards
+from tiny_policy import flat_grad, log_prob, make_policy, reward_of, rollouts_of, true_gradient
 
 torch.set_num_threads(1)
 
-# A policy over 4 tokens, of which 3 ends an answer, and answers of at most 4 tokens: 81 + 40 of
-# them, so that every value, advantage and gradient is known exactly.
-END, HORIZON, PROMPT = 3, 4, [1, 0]
-
-
 @pytest.fixture
 def model():
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=16, initializer_range=0.7,
-        eos_token_id=END, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def all_answers() -> list[tuple[int, ...]]:
-    rows = [p for n in range(HORIZON + 1) for p in itertools.product(range(4), repeat=n)]
-    ends = [p for p in rows if p and END not in p[:-1]]
-    return [p for p in ends if p[-1] == END or len(p) == HORIZON]
-
-
-def reward_of(ids) -> float:
-    """Half of the answers are right, without a pattern that the policy could exploit."""
-    return float(random.Random(str(tuple(ids))).random() < 0.5)
-
-
-def log_prob(model, ids, temperature=1.0):
-    """(T,) of one answer, straight from the model's logits."""
-    logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0] / temperature
-    steps = logits[len(PROMPT) - 1 : -1].log_softmax(-1)
-    return steps[torch.arange(len(ids)), torch.tensor(ids)]
-
-
-def all_log_probs(model):
-    """(121, HORIZON) of every answer in one plain forward pass, 0 after an answer's end."""
-    answers = all_answers()
-    rows = torch.tensor([[*PROMPT, *a, *[0] * (HORIZON - len(a))] for a in answers])
-    steps = model(rows).logits[:, len(PROMPT) - 1 : -1].log_softmax(-1)
-    chosen = steps.gather(-1, rows[:, len(PROMPT) :, None])[..., 0]
-    return chosen * torch.tensor([[t < len(a) for t in range(HORIZON)] for a in answers])
-
-
-def exact_values(model) -> dict[tuple[int, ...], float]:
-    """Expected reward of going on from each unfinished beginning of an answer."""
-    with torch.no_grad():
-        table, answers = all_log_probs(model), all_answers()
-    values = {}
-    for done in {a[:t] for a in answers for t in range(len(a))}:
-        rows = [i for i, a in enumerate(answers) if a[: len(done)] == done]
-        weights = table[rows][:, len(done) :].sum(1).exp().tolist()
-        values[done] = sum(w * reward_of(answers[i]) for w, i in zip(weights, rows))
-    return values
-
-
-def flat_grad(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def true_gradient(model):
-    model.zero_grad()
-    rewards = torch.tensor([reward_of(a) for a in all_answers()])
-    (all_log_probs(model).sum(1).exp() * rewards).sum().backward()
-    return flat_grad(model)
+    return make_policy()
 
 
 def expected_gradient(model, partition, mask_below: float | None = None):
@@ -218,12 +157,6 @@ def test_the_bias_of_cutpoints_and_of_the_mask_is_measured(model):
     assert cosine(cutpoints, mask_below=0.6) == pytest.approx(0.984, abs=0.005)
 
 
-def fake_rewards(monkeypatch):
-    """Reward by the table above; an answer counts whether its end token or its budget ended it."""
-    monkeypatch.setattr(common, "response_reward", lambda ids, *_: reward_of(ids))
-    monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
-
-
 def test_estimated_values_are_unbiased_at_every_prefix(model, monkeypatch):
     fake_rewards(monkeypatch)
     cfg = spo.Config(continuations=3000, max_new_tokens=HORIZON)
@@ -276,10 +209,6 @@ def test_continuations_are_rewarded_as_whole_answers(model, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ assigning credit
-
-
-def rollouts_of(answers):
-    return [Rollout(PROMPT, list(a), a[-1] == END, reward_of(a)) for a in answers]
 
 
 def test_credit_cuts_right_before_the_unsure_tokens(model, monkeypatch):
