@@ -48,14 +48,14 @@ from common import BadInput, Batch, Sample, arg
 class Config:
     block_size: int = arg(5, "tokens that make one action (K); 1: GRPO")
     layout: Literal["window", "block"] = arg("window", "a window at every token, or blocks")
-    weights: str = arg("uniform", "of a block's tokens: joint, uniform, or the future's share p")
+    weights: str = arg("0.2", "of a block's tokens: joint, uniform, or the future's share p")
     scale_eps: bool = arg(False, "multiply clip_eps by the norm of the weights")
     scale_advantages: bool = arg(True, "divide advantages by their group's std")
     prompts: int = arg(32, "problems per step")
     group_size: int = arg(8, "answers per problem (G)")
     batch_size: int = arg(64, "answers per optimiser step; divides prompts x group_size")
     epochs: int = arg(1, "passes over each step's answers")
-    steps: int = arg(40, "rounds of sampling and training")
+    steps: int = arg(50, "rounds of sampling and training")
     lr: float = arg(5e-4, "AdamW's learning rate")
     warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)")
@@ -219,7 +219,8 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
                 sums["block_clip"] += clipped.sum().item()
                 pair = torch.stack([log_ratio, log_blocks])[:, batch.mask].double().cpu()  # (2, N)
                 sums["kl"] += (pair[0].exp() - 1 - pair[0]).sum().item()
-                moments += torch.stack([pair.exp().sum(1), (2 * pair).exp().sum(1)])
+                ratio = pair.clamp(-10, 10).exp()  # as in the loss
+                moments += torch.stack([ratio.sum(1), (ratio**2).sum(1)])
                 tokens += pair.shape[1]
                 for s, row, cuts in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
                     last[id(s)] = row[: len(s.ids)], cuts[: len(s.ids)]

@@ -3,6 +3,7 @@
     python tests/results.py             everything: runs what is missing under runs/, then prints
     python tests/results.py default     the table of the default run, on all cores
     python tests/results.py compare     SPO-chain beside GRPO, two runs at a time on a core each
+    python tests/results.py mpo         MPO: the default run, and K and weights, two at a time
 """
 
 import csv
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SPO = Path(__file__).resolve().parent.parent / "spo.py"
+ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 GRPO = "--partition trajectory --prompts 8 --group_size 8"
 # All train on 64 answers an update. GRPO's updates are cheaper, so it gets more of them.
@@ -29,6 +30,14 @@ COMPARED = {
     "GRPO, lr 2e-4": f"--steps 200 --eval_every 20 {GRPO} --mask False --lr 2e-4",
     "GRPO + mask, lr 2e-4": f"--steps 200 --eval_every 20 {GRPO} --lr 2e-4",
 }
+MPO_ROWS = {
+    "K = 1: GRPO": "--block_size 1",
+    **{
+        f"K = {k}, {name}": f"--block_size {k} --weights {weights}"
+        for k in (2, 5)
+        for name, weights in (("joint", "joint"), ("uniform", "uniform"), ("share 0.2", "0.2"))
+    },
+}
 POINTS = {
     "step": (20, 40, 80),
     "sampled_tokens": (250_000, 500_000, 750_000),
@@ -36,13 +45,13 @@ POINTS = {
 }
 
 
-def run(name: str, flags: str, threads: int | None = None) -> Path:
-    """Run spo.py unless it is done already; returns the run's folder."""
+def run(name: str, flags: str, threads: int | None = None, script="spo") -> Path:
+    """Run the script unless it is done already; returns the run's folder."""
     folder = Path("runs", name)
     if not (folder / "summary.json").exists():
         env = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
         flags = f"{flags} --name {name}" + (" --resume" if folder.exists() else "")
-        command = [sys.executable, str(SPO), *flags.split()]
+        command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split()]
         subprocess.run(command, check=True, env=env, capture_output=True)
     return folder
 
@@ -65,9 +74,30 @@ def accuracy_at(folder: Path, column: str, point: float) -> float | None:
     return None  # beyond the run's end
 
 
-def default_table() -> None:
-    folders = [run(f"default-{seed}", f"--seed {seed}") for seed in SEEDS]
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+def summary(name: str) -> dict:
+    return json.loads(Path("runs", name, "summary.json").read_text())
+
+
+def over_run(name: str, column: str) -> float:
+    """Mean of a column of metrics.csv."""
+    with open(Path("runs", name, "metrics.csv")) as file:
+        return statistics.mean(float(row[column]) for row in csv.DictReader(file))
+
+
+def run_all(jobs: list[tuple[str, str]], script: str) -> None:
+    """(name, flags) each, two at a time on a core each; the warm starts first: two runs at once
+    would each make their own."""
+    for seed in SEEDS:
+        run(f"warm-{seed}", f"--seed {seed} --steps 1", threads=1)
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda job: run(*job, threads=1, script=script), jobs)
+        list(tqdm(results, script, len(jobs), unit="run"))
+
+
+def default_table(script: str = "spo", prefix: str = "default", flags: str = "") -> None:
+    for seed in SEEDS:
+        run(f"{prefix}-{seed}", f"--seed {seed} {flags}", script=script)
+    summaries = [summary(f"{prefix}-{seed}") for seed in SEEDS]
     print("| seed | before | after | greedy | pass@4 | tokens | training |")
     print("|---|---|---|---|---|---|---|")
     for seed, s in zip(SEEDS, summaries):
@@ -77,22 +107,51 @@ def default_table() -> None:
             f"| {s['pass_at_k_after']:.3f} | {s['sampled_tokens'] / 1e6:.2f} M "
             f"| {s['seconds']:.0f} s |"
         )
-    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries], 3)}")
-    hits = ", ".join(f"{s['credit_hit']:.2f} (chance {s['credit_chance']:.2f})" for s in summaries)
-    print(f"credit hits, by seed: {hits}\n")
+    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries], 3)}\n")
+    if "credit_hit" in summaries[0]:
+        pairs = [(s["credit_hit"], s["credit_chance"]) for s in summaries]
+        hits = ", ".join(f"{hit:.2f} (chance {chance:.2f})" for hit, chance in pairs)
+        print(f"credit hits, by seed: {hits}\n")
+
+
+def mpo_table() -> None:
+    """K = 1 has one ratio, so its rescaled clip range is its clip range."""
+    variants = {"": "", "s": "--scale_eps True", "e": "--epochs 2", "es": "--epochs 2 --scale_eps True"}
+    jobs = [
+        (f"mpo-{i}{variant}-{seed}", f"--seed {seed} {flags} {more}")
+        for variant, more in variants.items()
+        for i, flags in enumerate(MPO_ROWS.values())
+        for seed in SEEDS
+        if i or "s" not in variant
+    ]
+    run_all(jobs, "mpo")
+    heads = "accuracy | scaled eps | ratio var | of block | clipped | of block | scaled eps"
+    print(f"| | {heads} | 8 updates | scaled eps |\n|---{'|---' * 9}|")
+
+    def cell(i, variant, column, digits) -> str:
+        names = [f"mpo-{i}{variant}-{seed}" for seed in SEEDS]
+        if not i and "s" in variant:
+            return ""
+        if column == "accuracy_after":
+            return pm([summary(name)[column] for name in names], digits)
+        return f"{statistics.mean(over_run(name, column) for name in names):.{digits}f}"
+
+    for i, name in enumerate(MPO_ROWS):
+        cells = [cell(i, v, "accuracy_after", 2) for v in ("", "s")]
+        cells += [cell(i, "", c, 4) for c in ("token_ratio_var", "block_ratio_var")]
+        cells += [cell(i, "", c, 4) for c in ("token_clip", "block_clip")]
+        cells += [cell(i, "s", "block_clip", 4)]
+        cells += [cell(i, v, "accuracy_after", 2) for v in ("e", "es")]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def compare_table() -> None:
-    for seed in SEEDS:  # the warm starts first: two runs at once would each make their own
-        run(f"warm-{seed}", f"--seed {seed} --steps 1", threads=1)
     jobs = [
         (f"compare-{i}-{seed}", f"--seed {seed} {flags}")
         for seed in SEEDS
         for i, flags in enumerate(COMPARED.values())
     ]
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: run(*job, threads=1), jobs)
-        list(tqdm(results, "comparison", len(jobs), unit="run"))
+    run_all(jobs, "spo")
     units = dict(step="updates", sampled_tokens="tokens", seconds="s")
     heads = [f"{point:,} {units[c]}" for c, points in POINTS.items() for point in points]
     print(f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
@@ -107,8 +166,11 @@ def compare_table() -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["default", "compare"]
+    chosen = sys.argv[1:] or ["default", "compare", "mpo"]
     if "default" in chosen:
         default_table()
     if "compare" in chosen:
         compare_table()
+    if "mpo" in chosen:
+        default_table("mpo", "mpo-default")
+        mpo_table()

@@ -1,4 +1,4 @@
-"""The command line of spo.py in child processes: runs, resume, kills, bad input, colour.
+"""The scripts in child processes: runs, resume, kills, bad input, colour. Most with spo.py.
 
 Importing torch and transformers takes seconds, so one child imports them once and forks for each
 run; what is particular to a fresh interpreter runs in a real `python spo.py`.
@@ -7,6 +7,7 @@ run; what is particular to a fresh interpreter runs in a real `python spo.py`.
 import csv
 import hashlib
 import json
+import math
 import os
 import pty
 import random
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import mpo  # noqa: E402
 import spo  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -44,7 +46,7 @@ SHORT = [*BASE, "--steps", "2", "--save_every", "1"]  # the last of a repeated f
 
 SERVER = """
 import json, os, signal, sys, tempfile, time
-import torch, common, spo
+import torch, common, spo, mpo
 with tempfile.TemporaryDirectory() as folder:  # what is slow the first time is done before the fork
     common.build_policy(257).save_pretrained(folder)
     common.build_tokenizer().save_pretrained(folder)
@@ -60,11 +62,11 @@ for line in sys.stdin:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(120)  # a hang ends
         torch.seed()  # as in a fresh interpreter: no two runs share the global generator
-        sys.argv = ["spo.py", *job["args"]]
+        sys.argv = [job["script"] + ".py", *job["args"]]
         exec(job["patch"])
         code = 0
         try:
-            common.cli(spo.main)
+            common.cli(sys.modules[job["script"]].main)
         except SystemExit as stop:  # as at the end of an interpreter, which would take 2 s
             code = stop.code or 0
         if isinstance(code, str):
@@ -96,9 +98,11 @@ def server(tmp_path_factory):
 def run(server, tmp_path):
     """run(*args): `python spo.py *args`. patch: Python run first; meanwhile(pid): called beside."""
 
-    def run(*args, cwd=tmp_path, patch="", env={}, out=None, meanwhile=lambda pid: None) -> Done:
+    def run(
+        *args, cwd=tmp_path, patch="", env={}, out=None, script="spo", meanwhile=lambda pid: None
+    ) -> Done:
         files = [out or server.files[0], server.files[1]]
-        job = dict(args=args, cwd=str(cwd), patch=patch, env=env, files=files)
+        job = dict(args=args, cwd=str(cwd), patch=patch, env=env, files=files, script=script)
         print(json.dumps(job), file=server.stdin, flush=True)
         meanwhile(int(server.stdout.readline()))
         code = int(server.stdout.readline())
@@ -619,6 +623,150 @@ def test_what_the_messy_directory_can_resume_is_not_bad_input(messy, run):
     assert run(*BASE, "--name", "half", "--resume", cwd=messy).code == 0
     wide = "--name wide --data rows.jsonl --warm_start_steps 0 --steps 1".split()
     assert run(*SHORT, *wide, cwd=messy).code == 0
+
+
+# ---------------------------------------------------------------------------- the other scripts
+
+OTHERS = {  # script -> its module, flags of a small run, and what its metrics add
+    "mpo": (
+        mpo,
+        "--prompts 4 --group_size 4 --batch_size 8 --epochs 2 --block_size 3",
+        "token_ratio_var block_ratio_var token_clip block_clip kl",
+    ),
+}
+OTHER_BAD = {
+    "mpo": [
+        ("--block_size 0", "--block_size 0"),
+        ("--block_size 1.5", "1.5"),
+        ("--weights 1", "--weights 1"),
+        ("--weights -0.1", "--weights -0.1"),
+        ("--weights nan", "--weights nan"),
+        ("--weights half", "--weights half"),
+        ("--layout tree", "tree"),
+        ("--scale_eps perhaps", "perhaps"),
+        ("--group_size 1", "--group_size 1"),
+        ("--batch_size 3", "--batch_size 3"),
+        ("--clip_eps 0", "--clip_eps 0"),
+        ("--epochs 0", "--epochs 0"),
+        ("--steps 0", "--steps 0"),
+        ("--lr 0", "--lr 0"),
+        ("--warmup_updates -1", "--warmup_updates -1"),
+        ("--temperature 0", "--temperature 0"),
+        ("--max_new_tokens 0", "--max_new_tokens 0"),
+        ("--max_grad_norm 0", "--max_grad_norm 0"),
+        ("--prompts 0", "--prompts 0"),
+        ("--partition cutpoint", "--partition"),
+    ],
+}
+
+
+def other_args(script) -> list[str]:
+    return [*BASE, *OTHERS[script][1].split()]
+
+
+@pytest.fixture(scope="session", params=OTHERS)
+def other(base, server, tmp_path_factory, request):
+    """A script, and a directory with one whole run of it, never stopped, and what it printed."""
+    cwd = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(base[0] / "runs" / "warm_start", cwd / "runs" / "warm_start")
+    command = [sys.executable, str(ROOT / f"{request.param}.py"), *other_args(request.param)]
+    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=120, text=True)
+    assert done.returncode == 0, done.stderr
+    return request.param, cwd, done.stdout
+
+
+def test_the_other_scripts_leave_the_same_files(other):
+    script, cwd, out = other
+    folder, module = cwd / "runs" / script, OTHERS[script][0]
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.csv", "samples.txt", "checkpoint", "summary.json"
+    }  # fmt: skip
+    names = {field.name for kind in (module.Config, common.RunConfig) for field in fields(kind)}
+    assert set(json.loads((folder / "config.json").read_text())) == names - {"resume", "eval_only"}
+    rows = metrics(folder)
+    wanted = "step accuracy loss grad_norm entropy no_signal length lr sampled_tokens held_out"
+    assert set(wanted.split() + OTHERS[script][2].split()) <= set(rows[0])
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert any(float(row["loss"]) for row in rows)
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
+    assert [row["held_out"] != "" for row in rows] == [False, False, False, True, False]
+    shown = re.findall(r"^step (\d+): ", (folder / "samples.txt").read_text("utf-8"), re.M)
+    assert shown == ["1", "2", "3", "4", "5"] and "step 1: " in out
+    facts = summary(folder)
+    assert 0 < facts["accuracy_before"] <= 1 and 0 <= facts["accuracy_after"] <= 1
+    assert facts["sampled_tokens"] == int(rows[-1]["sampled_tokens"]) > 0
+    (start,) = (cwd / "runs" / "warm_start").iterdir()
+    assert weights(folder) != weights(start)
+
+
+def test_another_scripts_eval_only_repeats_the_final_evaluation(other, run):
+    script, cwd, out = other
+    before = listing(cwd)
+    done = run(*other_args(script), "--eval_only", cwd=cwd, script=script)
+    assert listing(cwd) == before
+    after = re.search(r"^after:  (sampled .*)$", out, re.M)
+    assert (done.code, done.out) == (0, f"6 held-out problems: {after[1]}\n")
+
+
+def test_another_script_killed_or_interrupted_resumes_to_the_same_end(other, warm, run):
+    script, cwd, _ = other
+    folder, expected = warm / "runs" / script, result(cwd / "runs" / script)
+    for count, number in ((1, signal.SIGKILL), (3, signal.SIGKILL), (2, signal.SIGINT)):
+        act = after_rows(folder, count, lambda pid: os.kill(pid, number))
+        done = run(*other_args(script), patch=SLOW, meanwhile=act, script=script)
+        assert done.code == (0 if number == signal.SIGINT else -9)
+        assert not (folder / "summary.json").exists()
+        assert run(*other_args(script), "--resume", script=script).code == 0
+        assert result(folder) == expected
+        shutil.rmtree(folder)
+
+
+def test_another_scripts_loss_that_is_not_finite_keeps_the_checkpoint(other, warm, run):
+    script = other[0]
+    patch = f"""
+steps, update = 0, {script}.update
+def broken(*args):
+    global steps
+    steps += 1
+    if steps == 3:
+        common.token_logprobs = lambda model, batch, *_: sum(p.sum() for p in model.parameters()) * (
+            torch.full(batch.mask.shape, float("nan")))
+    return update(*args)
+{script}.update = broken
+"""
+    done = run(*other_args(script), "--save_every", "1", patch=patch, script=script)
+    folder = warm / "runs" / script
+    assert done.code == 1 and "Traceback" not in done.err and "step 3: loss nan" in done.err
+    assert saved_step(folder) == saved_step(folder, "failed") == rows_written(folder) == 2
+
+
+@pytest.mark.parametrize("script, args, says", [(s, *row) for s in OTHERS for row in OTHER_BAD[s]])
+def test_bad_input_to_another_script_is_one_line_too(run, tmp_path, script, args, says):
+    done = run(*other_args(script), *args.split(), script=script)
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith("error: ") and says in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_help_of_another_script_lists_every_setting(run, script):
+    done = run("--help", script=script)
+    assert done.code == 0 and done.err == ""
+    for kind in (OTHERS[script][0].Config, common.RunConfig):
+        for field in fields(kind):
+            assert f"--{field.name} " in done.out, field.name
+            first_words = " ".join(field.metadata["help"].split()[:2])
+            assert first_words in " ".join(done.out.split()), field.name
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_another_script_reads_a_file_of_problems(run, tmp_path, script):
+    rows = [dict(question=f"{i} and 2?", answer=f"{i}+2={i + 2}\n#### {i + 2}") for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = ["--data", "rows.jsonl", "--warm_start_steps", "2", "--steps", "1"]
+    done = run(*other_args(script), *small, script=script)
+    assert done.code == 0, done.err
+    assert "step 1: " in (tmp_path / "runs" / script / "samples.txt").read_text("utf-8")
 
 
 # ----------------------------------------------------------------------------------- other data
