@@ -631,9 +631,9 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is True; 0 if it is True nowhere."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of x where mask is True, over all of it or along `dim`; 0 if it is True nowhere."""
+    return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | Tensor):
@@ -996,7 +996,7 @@ def credit_lines(pieces, credits, labels, notes, colour: bool) -> list[str]:
         if t in labels:
             piece = "|" + piece
             rows[-1][2].append(labels[t])
-        rows[-1][3] += notes.get(t, "")
+        rows[-1][3] = f"{rows[-1][3]} {notes.get(t, '')}".strip()
         for i, part in enumerate(piece.split("\n")):
             if i:
                 rows.append(["", "", [], ""])

@@ -1,0 +1,538 @@
+"""RRPO and SRPO: "Credit Assignment with Resets" (arXiv 2605.25507 v2), in one file.
+
+Whatever was right in a failed attempt need not be sampled again: go back to a step of it, sample
+other continuations from there, and learn from how they compare. With G = 4, for each prompt x0,
+
+    base  = G answers to x0; the first failed one is the seed, cut into steps 1 ... H
+    RRPO: h ~ Uniform{1 ... H}        SRPO: h = the first wrong step, as the policy itself names it
+    reset = G continuations of x* = x0 + the seed's steps 1 ... h - 1
+    A     = (r - mean) / std of the own group, exactly 0 if all are equal
+    L     = -1/2G sum_i A_i mean_t log pi(y_i,t)        over the answer, or the suffix after x*
+
+Departures from the paper:
+ 1. The seed stays in the base group, whose G answers are then i.i.d. The paper drops it and draws
+    until G others exist, which skews the base towards success (--seed_rule paper).
+ 2. A small policy cannot be asked for its mistake. `uncertain` returns to the first step that holds
+    a token sampled below a probability (SPO's cutpoint), `surprise` to that of the least likely
+    token; both are ours. `oracle` knows. Models with a chat template get the paper's `prompt`.
+ 3. Without a failure to reset to, G more answers join the base group: one group of 2G.
+ 4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
+ 5. Sizes and learning rate suit the small policy of the built-in task; the paper trains LoRA.
+ 6. --clip_eps adds PPO's ratio and clip, which the paper's loss does without.
+
+    python reset_po.py                   TIME on two cores, held-out accuracy BEFORE -> AFTER
+    python reset_po.py --method rrpo     random resets
+    python reset_po.py --method grpo     no resets: groups of 2G
+"""
+
+import random
+import re
+import time
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_constant_schedule_with_warmup
+
+import common
+from common import BadInput, Batch, Problem, Rollout, Sample, arg
+
+TRIES = 12  # answers among which the paper looks for a failure
+
+
+@dataclass
+class Config:
+    method: Literal["srpo", "rrpo", "grpo"] = arg("srpo", "resets: localised, random, none")
+    localiser: Literal["auto", "prompt", "uncertain", "surprise", "random", "oracle"] = arg(
+        "auto", "names the step; auto: prompt where there is a chat template, else uncertain"
+    )
+    threshold: float = arg(0.9, "uncertain: a token sampled at a lower probability (rho)")
+    localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens")
+    delimiter: str = arg("", "what ends a step; by default a line's end")
+    max_steps: int = arg(20, "most steps of an answer; the last one takes the rest")
+    fresh: int = arg(4, "answers per problem from the prompt: the base group (G)")
+    resets: int = arg(4, "continuations per reset: the reset group (G)")
+    seeds: int = arg(1, "failed answers per problem to reset")
+    seed_rule: Literal["keep", "paper"] = arg("keep", "paper: the seed leaves the base group")
+    prompts: int = arg(32, "problems per step")
+    batch_size: int = arg(256, "rollouts per optimiser step; divides prompts x (fresh + resets)")
+    epochs: int = arg(1, "passes over each step's rollouts")
+    steps: int = arg(60, "rounds of sampling and training")
+    lr: float = arg(1e-3, "AdamW's learning rate")
+    warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
+    clip_eps: float = arg(0.0, "clip range of the ratio (eps); 0: no ratio, the paper's loss")
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
+    temperature: float = arg(1.0, "of sampling and of scoring")
+    max_new_tokens: int = arg(80, "longest answer, in tokens")
+
+    def __post_init__(self):
+        sizes = ("prompts", "batch_size", "epochs", "steps", "max_new_tokens", "localiser_tokens")
+        common.require_range(self, 1, "max_steps", *sizes)
+        common.require_range(self, 0, "warmup_updates", "clip_eps", "fresh", "resets", "seeds")
+        common.require_range(self, 0, "threshold", "lr", "max_grad_norm", "temperature", open=True)
+        if self.threshold > 1:
+            raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
+        if self.method != "srpo" and self.localiser not in ("auto", "random"):
+            raise BadInput(f"--localiser {self.localiser}: --method {self.method} asks for none")
+        self.localiser = self.localiser if self.method == "srpo" else "random"
+        if self.method == "grpo" or not self.resets * self.seeds:
+            self.fresh, self.resets, self.seeds = self.rollouts, 0, 0
+        if self.fresh == 1 or self.resets == 1 or not self.rollouts:
+            wrong = f"--fresh {self.fresh} --resets {self.resets} --seeds {self.seeds}"
+            raise BadInput(f"{wrong}: a group needs 2 rollouts or more")
+        rollouts = self.prompts * self.rollouts
+        if rollouts % self.batch_size:
+            wrong = f"--batch_size {self.batch_size}"
+            raise BadInput(f"{wrong}: must divide {rollouts} rollouts a step")
+
+    @property
+    def rollouts(self) -> int:
+        """Trained rollouts per problem: 2G."""
+        return self.fresh + self.resets * self.seeds
+
+
+TINY = dict(
+    terms=3, warm_start_steps=250, prompts=16, batch_size=128, steps=30, max_new_tokens=32,
+    eval_problems=200, eval_samples=2, show_every=10, save_every=20,
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- pure maths
+
+
+class Plan(NamedTuple):
+    more: int  # answers still to be drawn from the prompt; 0: the groups are settled
+    seeds: list[int]  # which of those drawn are failures to reset
+    base: list[int]  # which make up the base group
+
+
+def plan_groups(rewards: list[float], cfg: Config) -> Plan:
+    """What the rewards of the answers drawn so far decide, and how many more are certainly needed.
+
+    seed_rule keep: the seeds are the first failures among `fresh` answers, all of them in the base
+    group. paper: the first failures among TRIES answers, none of them in it (and so without a
+    base group). For each seed that is missing, `resets` more answers join the base group.
+
+    >>> plan_groups([1.0, 0.0, 1.0, 0.0], Config())
+    Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
+    >>> plan_groups([1.0, 1.0, 1.0, 1.0], Config())
+    Plan(more=4, seeds=[], base=[0, 1, 2, 3])
+    """
+    keep = cfg.seed_rule == "keep" and cfg.fresh > 0
+    limit, drawn = cfg.fresh if keep else TRIES, len(rewards)
+    seeds = [i for i in range(min(limit, drawn)) if not rewards[i]][: cfg.seeds]
+    others = [i for i in range(drawn) if keep or i not in seeds]
+    missing = cfg.seeds - len(seeds)
+    size = cfg.fresh + cfg.resets * missing
+    if missing and drawn < limit:
+        return Plan(min(limit - drawn, max(missing, cfg.fresh + cfg.seeds - drawn)), seeds, others)
+    return Plan(max(0, size - len(others)), seeds, others[:size])
+
+
+def step_starts(ids: list[int], tokenizer, delimiter: str = "\n", max_steps: int = 20) -> list[int]:
+    """Index of each step's first token. A step ends after `delimiter`; blank ones do not count.
+
+    A step begins with the token that holds its first character, even if the delimiter before it
+    is in the same token, which byte-level BPE may do: a reset must not keep a part of the step.
+    The first step begins at 0; the last one holds whatever is beyond max_steps.
+    """
+    if ids and ids[-1] in tokenizer.all_special_ids:
+        ids = ids[:-1]
+
+    def text(count: int) -> str:
+        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+
+    begins, at = [], 0  # characters
+    for piece in text(len(ids)).split(delimiter):
+        if piece.strip():
+            begins.append(at)
+        at += len(piece) + len(delimiter)
+    # The token with character c is the first one up to which the text is longer than c.
+    tokens = range(len(ids))
+    starts = {bisect_right(tokens, c, key=lambda t: len(text(t + 1))) for c in begins[1:]}
+    return sorted({0, *starts})[:max_steps]
+
+
+def localize_random(starts: list[int], generator: torch.Generator) -> int:
+    """h ~ Uniform{1 ... H}: RRPO. All localisers number steps from 1, as the paper does."""
+    return 1 + torch.randint(len(starts), (), generator=generator, device=generator.device).item()
+
+
+def localize_surprise(probs: list[float], starts: list[int]) -> int:
+    """The step with the token that the policy found least likely. probs (T,): pi(y_t)."""
+    return bisect_right(starts, min(range(len(probs)), key=lambda t: probs[t]))
+
+
+def localize_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
+    """The first step with a token sampled at a probability below `threshold`; if no token is, the
+    one with the least likely token."""
+    unsure = (t for t, p in enumerate(probs) if p < threshold)
+    t = next(unsure, None)
+    return localize_surprise(probs, starts) if t is None else bisect_right(starts, t)
+
+
+def localize_oracle(ids: list[int], starts: list[int], problem: Problem, tokenizer) -> int:
+    """The truly first wrong step: CPI-CARO's oracle (Section 3). Of an answer that was cut while
+    all was right, the last."""
+    wrong = common.first_wrong_token(ids, problem, tokenizer)
+    return len(starts) if wrong is None else bisect_right(starts, wrong)
+
+
+def localisation_prompt(question: str, steps: list[str]) -> str:
+    """Asks for the originating error of a failed attempt; the true answer is not in it."""
+    numbered = "\n".join(f"Step {k}: {step}" for k, step in enumerate(steps, 1))
+    return (
+        f"Here is a problem and an attempt at it, whose final answer is wrong.\n\n"
+        f"Problem:\n{question}\n\nAttempt:\n{numbered}\n\n"
+        f"Which step holds the first mistake, the one that made the final answer wrong? Check the "
+        f"steps one after the other, but do not solve the problem again. End with a last line that "
+        f"is only the step's number, from 1 to {len(steps)}, in a box: \\boxed{{N}}"
+    )
+
+
+def parse_step(text: str, count: int) -> int:
+    """The step that a localisation text names: the last boxed integer within 1 ... count, else the
+    last "Step k" within it, else 1.
+
+    >>> parse_step("Step 2 is fine, step 3 is not. \\\\boxed{3}", 5), parse_step("Step 9", 5)
+    (3, 1)
+    """
+    for pattern in (r"\\boxed\s*\{\s*([0-9]{1,9})\s*\}", r"\bstep\s*([0-9]{1,9})\b"):
+        named = [int(k) for k in re.findall(pattern, text, re.IGNORECASE)]
+        if named := [k for k in named if 1 <= k <= count]:
+            return named[-1]
+    return 1
+
+
+def reset_loss(logprobs: Tensor, batch: Batch, normaliser: int, clip_eps: float):
+    """One micro-batch's part of the loss L in the header, and (B, T) where a clip cut it.
+
+    normaliser: the rollouts of the WHOLE optimiser step, each of the same weight whatever its
+    length. clip_eps: 0 for the paper's loss, without a ratio.
+    """
+    if clip_eps:
+        log_ratio = logprobs - batch.old_logprobs  # (B, T)
+        objective, clipped = common.clipped_surrogate(log_ratio, batch.advantages, clip_eps)
+    else:
+        objective, clipped = batch.advantages * logprobs, torch.zeros_like(batch.mask)  # (B, T)
+    means = common.masked_mean(objective, batch.mask, dim=1)  # (B,)
+    return -means.sum() / normaliser, clipped & batch.mask
+
+
+# ---------------------------------------------------------------------------- credit assignment
+
+
+class Reset(NamedTuple):
+    problem: Problem
+    seed: Sample  # the failed answer, with its log-probs
+    starts: list[int]  # its steps
+    named: int  # the step to go back to
+    truth: int | None  # its first wrong step, where the task can tell
+    group: list[Rollout]  # what came of it: prompts end in the steps that were kept
+
+
+def draw_answers(model, tokenizer, problems, cfg: Config, generator):
+    """Answers to each problem until its groups are settled: (list[list[Rollout]], list[Plan])."""
+    drawn = [[] for _ in problems]
+    options = dict(temperature=cfg.temperature, generator=generator)
+    while True:
+        plans = [plan_groups([r.reward for r in rollouts], cfg) for rollouts in drawn]
+        wanted = [i for i, plan in enumerate(plans) for _ in range(plan.more)]
+        if not wanted:
+            return drawn, plans
+        states = [common.initial_state(tokenizer, problems[i]) for i in wanted]
+        rollouts = common.complete(model, tokenizer, states, 1, cfg.max_new_tokens, **options)
+        for i, r in zip(wanted, rollouts):
+            drawn[i].append(r)
+
+
+def localize_prompt(model, tokenizer, questions, seeds, starts, cfg: Config, generator):
+    """The step that the policy names when asked, for each seed, and the tokens it wrote. It is
+    sent through the chat template if there is one; where it leaves no room to write: step 1."""
+    prompts, rooms = [], []
+    for question, s, cuts in zip(questions, seeds, starts):
+        spans = zip(cuts, [*cuts[1:], len(s.ids)])
+        steps = [tokenizer.decode(s.ids[a:b], skip_special_tokens=True).strip() for a, b in spans]
+        text = localisation_prompt(question, steps)
+        if tokenizer.chat_template:
+            chat, form = [dict(role="user", content=text)], dict(add_generation_prompt=True)
+            ids = tokenizer.apply_chat_template(chat, return_dict=False, **form)
+        else:
+            ids = common.encode(tokenizer, text + "\n")
+        room = common.answer_budget(model, ids, cfg.localiser_tokens)
+        prompts.append(ids if room > 0 else ids[:1])
+        rooms.append(max(0, room))
+    stops = common.eos_ids(model, tokenizer)
+    options = dict(max_new_tokens=rooms, eos=stops, temperature=0.3, generator=generator)
+    rollouts = common.sample(model, prompts, **options)
+    texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
+    named = [parse_step(text, len(cuts)) for text, cuts in zip(texts, starts)]
+    return named, sum(len(r.ids) for r in rollouts)
+
+
+def probs_of(s: Sample) -> list[float]:
+    return torch.tensor(s.old_logprobs).exp().tolist()
+
+
+def localize(model, tokenizer, problems, seeds, starts, cfg: Config, generator):
+    """The step to go back to for each seed, by the localiser of cfg, and the tokens it took."""
+    if cfg.localiser == "prompt":
+        questions = [problem.question for problem in problems]
+        return localize_prompt(model, tokenizer, questions, seeds, starts, cfg, generator)
+    named = []
+    for problem, s, cuts in zip(problems, seeds, starts):
+        if cfg.localiser == "random":
+            named.append(localize_random(cuts, generator))
+        elif cfg.localiser == "oracle":
+            named.append(localize_oracle(s.ids, cuts, problem, tokenizer))
+        elif cfg.localiser == "surprise":
+            named.append(localize_surprise(probs_of(s), cuts))
+        else:
+            named.append(localize_uncertain(probs_of(s), cuts, cfg.threshold))
+    return named, 0
+
+
+def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator):
+    """Go back to a step of each seed, and continue from there: (list[Reset], localiser's tokens).
+
+    `complete` prefills what a reset keeps once for its whole group.
+    """
+    if not seeds:
+        return [], 0
+    starts = [step_starts(s.ids, tokenizer, cfg.delimiter or "\n", cfg.max_steps) for s in seeds]
+    named, tokens = localize(model, tokenizer, problems, seeds, starts, cfg, generator)
+    rows = list(zip(problems, seeds, starts, named))
+    states = [(s.context, s.ids[: cuts[h - 1]], problem.answer) for problem, s, cuts, h in rows]
+    size, options = cfg.resets, dict(temperature=cfg.temperature, generator=generator)
+    rollouts = common.complete(model, tokenizer, states, size, cfg.max_new_tokens, **options)
+    resets = []
+    for i, (problem, s, cuts, h) in enumerate(rows):
+        known = common.first_wrong_token(s.ids, problem, tokenizer) is not None
+        truth = localize_oracle(s.ids, cuts, problem, tokenizer) if known else None
+        resets.append(Reset(problem, s, cuts, h, truth, rollouts[i * size : (i + 1) * size]))
+    return resets, tokens
+
+
+class Credit(NamedTuple):
+    base: list[list[Sample]]  # one group a problem: answers to its prompt
+    reset: list[list[Sample]]  # one group a reset: continuations of what was kept, their context
+    resets: list[Reset]
+    entropy: float  # the policy's mean entropy over the tokens of all drawn answers, nats
+    tokens: dict[str, int]  # sampled for base groups, other seeds, localisation and resets
+
+
+def credit_group(samples: list[Sample], rollouts: list[Rollout]) -> None:
+    """Give each sample of a group GRPO's advantage inside this group, on all its tokens."""
+    rewards = torch.tensor([[r.reward for r in rollouts]])  # (1, G)
+    for s, advantage in zip(samples, common.group_advantages(rewards)[0].tolist()):
+        s.advantages = [advantage] * len(s.ids)
+
+
+def assign_credit(model, tokenizer, problems, drawn, plans, cfg: Config, generator) -> Credit:
+    """Drawn answers and what they decided -> base groups, resets of the seeds, reset groups."""
+    answers = [[Sample(r.prompt, r.ids) for r in rollouts] for rollouts in drawn]
+    entropy = common.score(model, [s for samples in answers for s in samples], cfg.temperature)
+    base, failed = [], []
+    for problem, rollouts, samples, plan in zip(problems, drawn, answers, plans):
+        failed += [(problem, samples[i]) for i in plan.seeds]
+        if plan.base:
+            base.append([samples[i] for i in plan.base])
+            credit_group(base[-1], [rollouts[i] for i in plan.base])
+    owners, seeds = [problem for problem, _ in failed], [s for _, s in failed]
+    resets, asked = reset_seeds(model, tokenizer, owners, seeds, cfg, generator)
+    groups = [[Sample(r.prompt, r.ids) for r in reset.group] for reset in resets]
+    if cfg.clip_eps and groups:
+        common.score(model, [s for group in groups for s in group], cfg.temperature)
+    for samples, reset in zip(groups, resets):
+        credit_group(samples, reset.group)
+    tokens = dict(base=sum(len(s.ids) for group in base for s in group))
+    tokens["seed"] = sum(len(s.ids) for samples in answers for s in samples) - tokens["base"]
+    tokens["localiser"] = asked
+    tokens["reset"] = sum(len(s.ids) for group in groups for s in group)
+    return Credit(base, groups, resets, entropy, tokens)
+
+
+# -------------------------------------------------------------------------------------- the run
+
+
+def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str) -> dict:
+    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics."""
+    sums = dict(loss=0.0, clip_fraction=0.0, grad_norm=0.0)
+    steps, tokens = 0, 0
+    for epoch in range(cfg.epochs):
+        order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
+        for i in range(0, len(order), cfg.batch_size):
+            minibatch = order[i : i + cfg.batch_size]
+            loss_sum = 0.0
+            # A sample without signal has gradient 0: it counts as one, and needs no forward pass.
+            for micro in common.micro_batches([s for s in minibatch if any(s.advantages)]):
+                batch = common.collate(micro, model.device)
+                logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
+                loss, clipped = reset_loss(logprobs, batch, len(minibatch), cfg.clip_eps)
+                loss.backward()
+                loss_sum += loss.item()
+                sums["clip_fraction"] += clipped.sum().item()
+                tokens += batch.mask.sum().item()
+            norm = common.optimizer_step(model, optimizer, schedule, loss_sum, cfg.max_grad_norm)
+            sums["loss"], sums["grad_norm"] = sums["loss"] + loss_sum, sums["grad_norm"] + norm
+            steps += 1
+    over = dict(loss=steps, grad_norm=steps, clip_fraction=max(tokens, 1))
+    return {key: sums[key] / over[key] for key in sums}
+
+
+def show_answer(credit: Credit, tokenizer, colour: bool) -> str:
+    """A reset of the step, the first with signal if any has: the failed attempt with the named step
+    and the truth, and the continuations, coloured by their advantages."""
+    if not credit.resets:
+        return "no failure was reset"
+    signal = [any(any(s.advantages) for s in group) for group in credit.reset]
+    i = signal.index(True) if any(signal) else 0
+    reset, samples = credit.resets[i], credit.reset[i]
+    seed, back_to = reset.seed, reset.starts[reset.named - 1]
+    title, notes = common.answer_notes(reset.problem, Rollout([], seed.ids, True), tokenizer)
+    notes[back_to] = f"<- resampled from here {notes.get(back_to, '')}".strip()
+    pieces = [tokenizer.decode([id]) for id in seed.ids]
+    lines = common.credit_lines(pieces, [0.0] * len(pieces), {back_to: ""}, notes, colour)
+    for r, s in zip(reset.group, samples):
+        text = common.printable(tokenizer.decode(r.ids).strip().replace("\n", " / "))
+        text = common.paint(text, s.advantages[0]) if colour else text
+        lines.append(f"    reward {r.reward:.0f}, advantage {s.advantages[0]:+.2f}: {text}")
+    return "\n".join([title, *lines])
+
+
+# Of the failures that were reset, where the task knows the first wrong step: how many, how many
+# resets went to it, to it or an earlier one, and what a random step would expect of both.
+COUNTS = ("failures", "hit", "at_or_before", "hit_chance", "at_or_before_chance")
+
+
+def locate_counts(resets: list[Reset]) -> dict:
+    known = [(r.named, r.truth, len(r.starts)) for r in resets if r.truth is not None]
+    return dict(
+        failures=len(known),
+        hit=sum(named == truth for named, truth, _ in known),
+        at_or_before=sum(named <= truth for named, truth, _ in known),
+        hit_chance=sum(1 / count for _, _, count in known),
+        at_or_before_chance=sum(truth / count for _, truth, count in known),
+    )
+
+
+def share_without_signal(groups: list[list[Sample]]) -> float | str:
+    """Of these groups, those whose advantages are all 0; "" if there are none."""
+    idle = [not any(any(s.advantages) for s in group) for group in groups]
+    return sum(idle) / len(idle) if idle else ""
+
+
+def main() -> None:
+    cfg, run = common.parse_args(Config, "reset_po", __doc__, TINY)
+    device, dtype = common.pick_device(run)
+    folder = common.run_folder(cfg, run)
+    train = common.load_problems(run.data, "train", None, run.seed, run.terms)
+    test = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+    if cfg.localiser == "oracle" and not train[0].checkable:
+        raise BadInput(f"--localiser oracle: the steps of --data {run.data} cannot be judged")
+    if not run.eval_only:
+        print(
+            f"{cfg.method.upper()} on {run.data} ({len(train):,} problems, {len(test):,} held out)"
+            f": {cfg.steps} steps of {cfg.prompts} problems,\neach with {cfg.fresh} answers and "
+            f"{cfg.seeds} x {cfg.resets} continuations of a failed one,\non {device} in "
+            f"{str(dtype)[6:]}, to {folder}/"
+        )
+    model, tokenizer = common.open_policy(run, folder, train, test, device, dtype)
+
+    def evaluate() -> dict:
+        size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
+        return common.evaluate(model, tokenizer, test, *size, temperature, run.seed)
+
+    if cfg.localiser == "auto":
+        cfg.localiser = "prompt" if tokenizer.chat_template else "uncertain"
+    if run.eval_only:
+        print(f"{len(test)} held-out problems: {common.describe(evaluate())}")
+        return
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
+    schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
+    generator = torch.Generator(device).manual_seed(run.seed)
+    trainer = (model, tokenizer, optimizer, schedule, generator)
+    if run.resume:
+        progress = common.resume(folder, optimizer, schedule, generator)
+    else:
+        progress = dict(step=0, sampled_tokens=0, seconds=0.0, **dict.fromkeys(COUNTS, 0))
+        progress["before"] = evaluate()
+        common.start_run(folder, cfg, run, *trainer, progress)
+    print(f"before: {common.describe(progress['before'])}")
+    ctrl_c, done = common.CtrlC(), progress["step"]
+    for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
+        # 1. Draw answers until each problem has its base group, and its failed seeds if it can.
+        began = time.time()
+        problems = common.batch_at(train, step, cfg.prompts, run.seed)
+        drawn, plans = draw_answers(model, tokenizer, problems, cfg, generator)
+
+        # 2. Go back to a step of each seed, continue from there, and compare inside each group.
+        policy = (model, tokenizer)
+        credit = assign_credit(*policy, problems, drawn, plans, cfg, generator)
+        samples = [s for group in credit.base + credit.reset for s in group]
+
+        # 3. Train on the answers of the base groups and on the suffixes of the reset groups.
+        trainee, seed = (model, optimizer, schedule), f"{run.seed}-{step}"
+        try:
+            metrics = update(*trainee, samples, cfg, seed)
+        except FloatingPointError as error:
+            common.save_checkpoint(folder, *trainer, progress, "failed")
+            stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
+            raise SystemExit(f"\n{stopped}") from None
+
+        located = locate_counts(credit.resets)
+        for key in COUNTS:
+            progress[key] += located[key]
+        progress["step"] = step + 1
+        progress["sampled_tokens"] += sum(credit.tokens.values())
+        progress["seconds"] += time.time() - began
+        first = plan_groups([], cfg).more  # as many answers as every problem gets
+        rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
+        accuracy = sum(rewards) / len(rewards)
+        continued = [r.reward for reset in credit.resets for r in reset.group]
+        evaluated = run.eval_every and (step + 1) % run.eval_every == 0
+        common.append_metrics(folder, dict(
+            step=step + 1,
+            accuracy=accuracy,
+            reset_accuracy=sum(continued) / len(continued) if continued else "",
+            **metrics,
+            entropy=credit.entropy,
+            resets=len(credit.resets) / cfg.prompts,
+            no_signal_base=share_without_signal(credit.base),
+            no_signal_reset=share_without_signal(credit.reset),
+            **{key: located[key] / located["failures"] if located["failures"] else ""
+               for key in COUNTS[1:]},
+            **{f"{key}_tokens": count for key, count in credit.tokens.items()},
+            length=sum(len(s.ids) for s in samples) / len(samples),
+            lr=schedule.get_last_lr()[0],
+            sampled_tokens=progress["sampled_tokens"],
+            seconds=round(progress["seconds"], 2),
+            held_out=evaluate()["accuracy"] if evaluated else "",
+        ))  # fmt: skip
+        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+        if run.show_every and (step + 1) % run.show_every == 0:
+            answer = (credit, tokenizer)
+            common.show(folder, lambda colour: f"step {step + 1}: {show_answer(*answer, colour)}")
+        if (step + 1) % run.save_every == 0 or step + 1 == cfg.steps or ctrl_c.pressed:
+            common.save_checkpoint(folder, *trainer, progress)
+        if ctrl_c.pressed and step + 1 < cfg.steps:
+            bar.close()
+            print(f"saved after step {step + 1} in {folder}/; --resume continues")
+            return
+    facts, remark = {}, ""
+    if failures := progress["failures"]:
+        facts = {key: progress[key] / failures for key in COUNTS[1:]} | dict(failures=failures)
+        remark = (
+            f"localiser {cfg.localiser}: named the first wrong step of {facts['hit']:.0%} of "
+            f"{failures:,} failures (by chance {facts['hit_chance']:.0%}),\nit or an earlier one "
+            f"of {facts['at_or_before']:.0%} (by chance {facts['at_or_before_chance']:.0%})\n"
+        )
+    common.finish_run(folder, progress, evaluate(), facts, remark)
+
+
+if __name__ == "__main__":
+    common.cli(main)
