@@ -277,18 +277,26 @@ def probs_of(s: Sample) -> list[float]:
     return torch.tensor(s.old_logprobs).exp().tolist()
 
 
+def pick_localiser(cfg: Config, tokenizer) -> str:
+    """What --localiser auto means: the paper's prompt for a model that can be talked to."""
+    if cfg.localiser != "auto":
+        return cfg.localiser
+    return "prompt" if tokenizer.chat_template else "uncertain"
+
+
 def localize(model, tokenizer, problems, seeds, starts, cfg: Config, generator):
     """The step to go back to for each seed, by the localiser of cfg, and the tokens it took."""
-    if cfg.localiser == "prompt":
+    localiser = pick_localiser(cfg, tokenizer)
+    if localiser == "prompt":
         questions = [problem.question for problem in problems]
         return localize_prompt(model, tokenizer, questions, seeds, starts, cfg, generator)
     named = []
     for problem, s, cuts in zip(problems, seeds, starts):
-        if cfg.localiser == "random":
+        if localiser == "random":
             named.append(localize_random(cuts, generator))
-        elif cfg.localiser == "oracle":
+        elif localiser == "oracle":
             named.append(localize_oracle(s.ids, cuts, problem, tokenizer))
-        elif cfg.localiser == "surprise":
+        elif localiser == "surprise":
             named.append(localize_surprise(probs_of(s), cuts))
         else:
             named.append(localize_uncertain(probs_of(s), cuts, cfg.threshold))
@@ -446,8 +454,6 @@ def main() -> None:
         size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
         return common.evaluate(model, tokenizer, test, *size, temperature, run.seed)
 
-    if cfg.localiser == "auto":
-        cfg.localiser = "prompt" if tokenizer.chat_template else "uncertain"
     if run.eval_only:
         print(f"{len(test)} held-out problems: {common.describe(evaluate())}")
         return
@@ -527,7 +533,7 @@ def main() -> None:
     if failures := progress["failures"]:
         facts = {key: progress[key] / failures for key in COUNTS[1:]} | dict(failures=failures)
         remark = (
-            f"localiser {cfg.localiser}: named the first wrong step of {facts['hit']:.0%} of "
+            f"localiser {pick_localiser(cfg, tokenizer)}: named the first wrong step of {facts['hit']:.0%} of "
             f"{failures:,} failures (by chance {facts['hit_chance']:.0%}),\nit or an earlier one "
             f"of {facts['at_or_before']:.0%} (by chance {facts['at_or_before_chance']:.0%})\n"
         )

@@ -400,6 +400,15 @@ def test_the_localiser_of_the_config_is_the_one_that_is_asked(monkeypatch, name)
     assert asked[1] == ("random", ([0, 1], "g"))
 
 
+def test_auto_asks_models_with_a_chat_template_and_watches_the_others(tokenizer):
+    cfg = reset_po.Config()
+    assert reset_po.pick_localiser(cfg, tokenizer) == "uncertain"
+    tokenizer.chat_template = CHAT
+    assert reset_po.pick_localiser(cfg, tokenizer) == "prompt"
+    assert reset_po.pick_localiser(reset_po.Config(localiser="oracle"), tokenizer) == "oracle"
+    assert reset_po.pick_localiser(reset_po.Config(method="rrpo"), tokenizer) == "random"
+
+
 # --------------------------------------------------------------------------------------- resets
 
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import mpo  # noqa: E402
+import reset_po  # noqa: E402
 import spo  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -46,7 +47,7 @@ SHORT = [*BASE, "--steps", "2", "--save_every", "1"]  # the last of a repeated f
 
 SERVER = """
 import json, os, signal, sys, tempfile, time
-import torch, common, spo, mpo
+import torch, common, spo, mpo, reset_po
 with tempfile.TemporaryDirectory() as folder:  # what is slow the first time is done before the fork
     common.build_policy(257).save_pretrained(folder)
     common.build_tokenizer().save_pretrained(folder)
@@ -631,7 +632,13 @@ OTHERS = {  # script -> its module, flags of a small run, and what its metrics a
     "mpo": (
         mpo,
         "--prompts 4 --group_size 4 --batch_size 8 --epochs 2 --block_size 3",
-        "token_ratio_var block_ratio_var token_clip block_clip kl",
+        "token_ratio_var block_ratio_var token_clip block_clip kl no_signal",
+    ),
+    "reset_po": (
+        reset_po,
+        "--prompts 8 --fresh 2 --resets 2 --batch_size 16 --epochs 2",
+        "reset_accuracy clip_fraction resets no_signal_base no_signal_reset hit at_or_before "
+        "hit_chance at_or_before_chance base_tokens seed_tokens localiser_tokens reset_tokens",
     ),
 }
 OTHER_BAD = {
@@ -656,6 +663,30 @@ OTHER_BAD = {
         ("--max_grad_norm 0", "--max_grad_norm 0"),
         ("--prompts 0", "--prompts 0"),
         ("--partition cutpoint", "--partition"),
+    ],
+    "reset_po": [
+        ("--method trpo", "trpo"),
+        ("--localiser teacher", "teacher"),
+        ("--method rrpo --localiser oracle", "--localiser oracle"),
+        ("--method grpo --localiser prompt", "--localiser prompt"),
+        ("--localiser oracle --data rows.jsonl", "--localiser oracle"),
+        ("--fresh 1", "--fresh 1"),
+        ("--resets 1", "--resets 1"),
+        ("--fresh -1", "--fresh -1"),
+        ("--seeds -1", "--seeds -1"),
+        ("--fresh 0 --resets 0", "--fresh 0"),
+        ("--threshold 1.5", "--threshold 1.5"),
+        ("--threshold 0", "--threshold 0"),
+        ("--max_steps 0", "--max_steps 0"),
+        ("--localiser_tokens 0", "--localiser_tokens 0"),
+        ("--seed_rule both", "both"),
+        ("--batch_size 7", "--batch_size 7"),
+        ("--clip_eps -1", "--clip_eps -1"),
+        ("--clip_eps nan", "--clip_eps nan"),
+        ("--lr 0", "--lr 0"),
+        ("--epochs 0", "--epochs 0"),
+        ("--temperature 0", "--temperature 0"),
+        ("--group_size 8", "--group_size"),
     ],
 }
 
@@ -684,7 +715,7 @@ def test_the_other_scripts_leave_the_same_files(other):
     names = {field.name for kind in (module.Config, common.RunConfig) for field in fields(kind)}
     assert set(json.loads((folder / "config.json").read_text())) == names - {"resume", "eval_only"}
     rows = metrics(folder)
-    wanted = "step accuracy loss grad_norm entropy no_signal length lr sampled_tokens held_out"
+    wanted = "step accuracy loss grad_norm entropy length lr sampled_tokens held_out"
     assert set(wanted.split() + OTHERS[script][2].split()) <= set(rows[0])
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
     assert any(float(row["loss"]) for row in rows)
@@ -743,10 +774,13 @@ def broken(*args):
 
 @pytest.mark.parametrize("script, args, says", [(s, *row) for s in OTHERS for row in OTHER_BAD[s]])
 def test_bad_input_to_another_script_is_one_line_too(run, tmp_path, script, args, says):
+    rows = [dict(question=f"{i} and 2?", answer=f"#### {i + 2}") for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = listing(tmp_path)
     done = run(*other_args(script), *args.split(), script=script)
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert done.err.startswith("error: ") and says in done.err
-    assert not list(tmp_path.iterdir())
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("script", OTHERS)
@@ -768,6 +802,33 @@ def test_another_script_reads_a_file_of_problems(run, tmp_path, script):
     done = run(*other_args(script), *small, script=script)
     assert done.code == 0, done.err
     assert "step 1: " in (tmp_path / "runs" / script / "samples.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--method rrpo", "--method grpo", "--localiser surprise", "--localiser oracle",
+        "--localiser prompt --localiser_tokens 8", "--seed_rule paper --clip_eps 0.2",
+        "--fresh 0 --resets 2 --seeds 2", "--delimiter = --max_steps 2",
+    ],
+)  # fmt: skip
+def test_every_kind_of_reset_runs(warm, run, args):
+    flags = [*other_args("reset_po"), "--steps", "2", *args.split()]
+    done = run(*flags, script="reset_po")
+    assert done.code == 0, done.err
+    rows, facts = metrics(warm / "runs" / "reset_po"), summary(warm / "runs" / "reset_po")
+    kinds = ("base_tokens", "seed_tokens", "localiser_tokens", "reset_tokens")
+    assert int(rows[-1]["sampled_tokens"]) == sum(int(row[k]) for row in rows for k in kinds)
+    grpo = "grpo" in args
+    assert [float(row["resets"]) > 0 for row in rows] == [not grpo] * 2
+    assert [int(row["localiser_tokens"]) > 0 for row in rows] == ["prompt" in args] * 2
+    assert [int(row["seed_tokens"]) > 0 for row in rows] == ["paper" in args or "0 -" in args] * 2
+    assert ("hit" in facts) != grpo
+    if "oracle" in args:
+        assert facts["hit"] == facts["at_or_before"] == 1
+    if "rrpo" in args:
+        assert "localiser random" in done.out
+    assert "auto" not in done.out
 
 
 # ----------------------------------------------------------------------------------- other data
