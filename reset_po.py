@@ -60,7 +60,7 @@ class Config:
     prompts: int = arg(32, "problems per step")
     batch_size: int = arg(256, "rollouts per optimiser step; divides prompts x (fresh + resets)")
     epochs: int = arg(1, "passes over each step's rollouts")
-    steps: int = arg(60, "rounds of sampling and training")
+    steps: int = arg(80, "rounds of sampling and training")
     lr: float = arg(1e-3, "AdamW's learning rate")
     warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
     clip_eps: float = arg(0.0, "clip range of the ratio (eps); 0: no ratio, the paper's loss")
@@ -533,9 +533,10 @@ def main() -> None:
     if failures := progress["failures"]:
         facts = {key: progress[key] / failures for key in COUNTS[1:]} | dict(failures=failures)
         remark = (
-            f"localiser {pick_localiser(cfg, tokenizer)}: named the first wrong step of {facts['hit']:.0%} of "
-            f"{failures:,} failures (by chance {facts['hit_chance']:.0%}),\nit or an earlier one "
-            f"of {facts['at_or_before']:.0%} (by chance {facts['at_or_before_chance']:.0%})\n"
+            f"localiser {pick_localiser(cfg, tokenizer)}: of {failures:,} failures, the step named "
+            f"was the first wrong one in {facts['hit']:.0%} (by chance {facts['hit_chance']:.0%}),\n"
+            f"it or an earlier one in {facts['at_or_before']:.0%} (by chance "
+            f"{facts['at_or_before_chance']:.0%})\n"
         )
     common.finish_run(folder, progress, evaluate(), facts, remark)
 

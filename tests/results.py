@@ -1,9 +1,10 @@
-"""Reruns the tables of results in README.md. By hand, about half an hour on two cores:
+"""Reruns the tables of results in README.md. By hand, about TIME hours on two cores:
 
     python tests/results.py             everything: runs what is missing under runs/, then prints
     python tests/results.py default     the table of the default run, on all cores
     python tests/results.py compare     SPO-chain beside GRPO, two runs at a time on a core each
     python tests/results.py mpo         MPO: the default run, and K and weights, two at a time
+    python tests/results.py reset       resets: default runs, methods beside each other, localisers
 """
 
 import csv
@@ -15,9 +16,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import reset_po  # noqa: E402
+
 SEEDS = (0, 1, 2)
 GRPO = "--partition trajectory --prompts 8 --group_size 8"
 # All train on 64 answers an update. GRPO's updates are cheaper, so it gets more of them.
@@ -37,6 +44,13 @@ MPO_ROWS = {
         for k in (2, 5)
         for name, weights in (("joint", "joint"), ("uniform", "uniform"), ("share 0.2", "0.2"))
     },
+}
+RESET_ROWS = {
+    "GRPO, groups of 8": "--method grpo",
+    "RRPO: random step": "--method rrpo",
+    "SRPO, `uncertain`": "--localiser uncertain",
+    "SRPO, `surprise`": "--localiser surprise",
+    "SRPO, `oracle`": "--localiser oracle",
 }
 POINTS = {
     "step": (20, 40, 80),
@@ -146,28 +160,82 @@ def mpo_table() -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def compare_table() -> None:
-    jobs = [
-        (f"compare-{i}-{seed}", f"--seed {seed} {flags}")
-        for seed in SEEDS
-        for i, flags in enumerate(COMPARED.values())
-    ]
-    run_all(jobs, "spo")
+def curve_table(rows: dict[str, str], prefix: str, columns: list[str]) -> None:
+    """Held-out accuracy of each row's runs where a column of metrics.csv stood at its POINTS."""
     units = dict(step="updates", sampled_tokens="tokens", seconds="s")
-    heads = [f"{point:,} {units[c]}" for c, points in POINTS.items() for point in points]
+    heads = [f"{point:,} {units[c]}" for c in columns for point in POINTS[c]]
     print(f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
-    for i, name in enumerate(COMPARED):
+    for i, name in enumerate(rows):
         cells = []
-        for column, points in POINTS.items():
-            for point in points:
-                folders = [Path("runs", f"compare-{i}-{seed}") for seed in SEEDS]
+        for column in columns:
+            for point in POINTS[column]:
+                folders = [Path("runs", f"{prefix}-{i}-{seed}") for seed in SEEDS]
                 values = [accuracy_at(folder, column, point) for folder in folders]
                 cells.append("" if None in values else pm(values, 2))
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+def curve_jobs(rows: dict[str, str], prefix: str, more: str = "") -> list[tuple[str, str]]:
+    numbered = enumerate(rows.values())
+    pairs = [(i, flags, seed) for i, flags in numbered for seed in SEEDS]
+    return [(f"{prefix}-{i}-{seed}", f"--seed {seed} {flags} {more}") for i, flags, seed in pairs]
+
+
+def compare_table() -> None:
+    run_all(curve_jobs(COMPARED, "compare"), "spo")
+    curve_table(COMPARED, "compare", ["step", "sampled_tokens", "seconds"])
+
+
+def localiser_row(folder: Path, seed: int, problems: int) -> list[reset_po.Reset]:
+    """The failures of a policy on problems that it was not trained on, not reset yet."""
+    model, tokenizer = common.load_policy(folder, "cpu")
+    test = common.load_problems("sums", "validation", problems, seed)
+    states = [common.initial_state(tokenizer, problem) for problem in test]
+    options = dict(generator=torch.Generator().manual_seed(seed))
+    failed = []
+    for problem, r in zip(test, common.complete(model, tokenizer, states, 1, 80, **options)):
+        if not r.reward and common.first_wrong_token(r.ids, problem, tokenizer) is not None:
+            failed.append((problem, common.Sample(r.prompt, r.ids)))
+    common.score(model, [s for _, s in failed], 1.0)
+    resets = []
+    for problem, s in failed:
+        starts = reset_po.step_starts(s.ids, tokenizer)
+        truth = reset_po.localize_oracle(s.ids, starts, problem, tokenizer)
+        resets.append(reset_po.Reset(problem, s, starts, 0, truth, []))
+    return resets
+
+
+def localiser_table(problems: int) -> None:
+    """How often the localisers name the first wrong step, and it or an earlier one, before and
+    after the default SRPO runs: figures pooled over seeds."""
+    print("| failures of | | by chance | `uncertain` | `surprise` |\n|---|---|---|---|---|")
+    cpu, threshold = torch.device("cpu"), reset_po.Config().threshold
+    for label in ("warm start", "after the run"):
+        resets = []
+        for seed in SEEDS:
+            folder = Path("runs", f"reset-srpo-{seed}", "checkpoint")
+            if label == "warm start":
+                train = common.load_problems("sums", "train", None, seed)
+                settings = common.RunConfig(seed=seed)
+                folder = common.warm_start(settings, train, cpu, torch.float32)
+            resets += localiser_row(folder, seed, problems)
+        cells = []
+        for localise in (
+            lambda probs, starts: reset_po.localize_uncertain(probs, starts, threshold),
+            reset_po.localize_surprise,
+        ):
+            named = [localise(reset_po.probs_of(r.seed), r.starts) for r in resets]
+            named = [r._replace(named=h) for r, h in zip(resets, named)]
+            cells.append(reset_po.locate_counts(named))
+        count = cells[0]["failures"]
+        shares = [(c["hit"] / count, c["at_or_before"] / count) for c in cells]
+        chance = cells[0]["hit_chance"] / count, cells[0]["at_or_before_chance"] / count
+        texts = [f"{100 * x:.0f} / {100 * y:.0f} %" for x, y in (chance, *shares)]
+        print(f"| {label} | {count:,} | {' | '.join(texts)} |")
+
+
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["default", "compare", "mpo"]
+    chosen = sys.argv[1:] or ["default", "compare", "mpo", "reset"]
     if "default" in chosen:
         default_table()
     if "compare" in chosen:
@@ -175,3 +243,9 @@ if __name__ == "__main__":
     if "mpo" in chosen:
         default_table("mpo", "mpo-default")
         mpo_table()
+    if "reset" in chosen:
+        for method in ("srpo", "rrpo"):
+            default_table("reset_po", f"reset-{method}", f"--method {method}")
+        run_all(curve_jobs(RESET_ROWS, "resets", "--eval_every 10"), "reset_po")
+        curve_table(RESET_ROWS, "resets", ["step", "sampled_tokens"])
+        localiser_table(problems=1000)

@@ -1,5 +1,5 @@
-"""Random resets against a credit-assignment oracle: the bounds of Samanta et al., arXiv 2605.25507
-v2, Section 3, measured on a Markov decision process small enough to solve exactly.
+"""Random resets against a credit-assignment oracle: the bounds of arXiv 2605.25507 v2, Section 3,
+measured on a Markov decision process small enough to solve exactly.
 
 A state is tau-improvable if its best action has advantage tau or more; p is the on-policy
 probability of being in such a state. A learner resets to a state, takes an action there and rolls
