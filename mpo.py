@@ -136,7 +136,7 @@ def block_log_ratio(
     log_ratio: Tensor, mask: Tensor, block_size: int, layout: str, weights: str | float
 ) -> Tensor:
     """(B, T) log R: the weighted sum of token log-ratios over each token's window, or over its
-    block (Eq. 8, 9 and 11). 0 where the mask is; differentiable; dtype kept.
+    block (Eq. 8, 9 and 11). 0 outside the mask; differentiable; dtype kept.
 
     log_ratio (B, T): l. mask (B, T) bool: the trained tokens; no window or block reaches past one
     that is not. Raises ValueError for a block_size below 1, an unknown layout or wrong weights.
@@ -148,7 +148,7 @@ def block_log_ratio(
     beta = window_weights(mask, block_size, weights)  # (B, T, K)
     padded = F.pad(log_ratio.masked_fill(~mask, 0), (0, beta.shape[-1] - 1))
     sums = (padded.unfold(1, beta.shape[-1], 1) * beta.to(log_ratio.dtype)).sum(-1)  # (B, T)
-    return sums.gather(1, anchors(mask, block_size, layout)).masked_fill(~mask, 0)
+    return sums.gather(1, anchors(mask, block_size, layout))
 
 
 def scaled_eps(mask: Tensor, cfg: Config) -> Tensor:
@@ -168,7 +168,7 @@ def mpo_loss(log_ratio: Tensor, batch: Batch, normaliser: int, cfg: Config):
     log_blocks = block_log_ratio(log_ratio, batch.mask, cfg.block_size, cfg.layout, cfg.weights)
     eps = scaled_eps(batch.mask, cfg) if cfg.scale_eps else cfg.clip_eps
     objective, clipped = common.clipped_surrogate(log_blocks, batch.advantages, eps)  # (B, T)
-    return -(objective * batch.mask).sum() / normaliser, log_blocks, clipped & batch.mask
+    return -(objective * batch.mask).sum() / normaliser, log_blocks, clipped
 
 
 # ---------------------------------------------------------------------------- credit assignment
@@ -215,7 +215,7 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
                 loss_sum += loss.item()
                 log_ratio, log_blocks = log_ratio.detach(), log_blocks.detach()
                 _, cut = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
-                sums["token_clip"] += (cut & batch.mask).sum().item()
+                sums["token_clip"] += cut.sum().item()
                 sums["block_clip"] += clipped.sum().item()
                 pair = torch.stack([log_ratio, log_blocks])[:, batch.mask].double().cpu()  # (2, N)
                 sums["kl"] += (pair[0].exp() - 1 - pair[0]).sum().item()

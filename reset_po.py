@@ -219,7 +219,7 @@ def reset_loss(logprobs: Tensor, batch: Batch, normaliser: int, clip_eps: float)
     else:
         objective, clipped = batch.advantages * logprobs, torch.zeros_like(batch.mask)  # (B, T)
     means = common.masked_mean(objective, batch.mask, dim=1)  # (B,)
-    return -means.sum() / normaliser, clipped & batch.mask
+    return -means.sum() / normaliser, clipped
 
 
 # ---------------------------------------------------------------------------- credit assignment
@@ -532,11 +532,12 @@ def main() -> None:
     facts, remark = {}, ""
     if failures := progress["failures"]:
         facts = {key: progress[key] / failures for key in COUNTS[1:]} | dict(failures=failures)
+        hit, before = (f"{facts[key]:.0%}" for key in ("hit", "at_or_before"))
+        chances = (f"{facts[key]:.0%}" for key in ("hit_chance", "at_or_before_chance"))
         remark = (
-            f"localiser {pick_localiser(cfg, tokenizer)}: of {failures:,} failures, the step named "
-            f"was the first wrong one in {facts['hit']:.0%} (by chance {facts['hit_chance']:.0%}),\n"
-            f"it or an earlier one in {facts['at_or_before']:.0%} (by chance "
-            f"{facts['at_or_before_chance']:.0%})\n"
+            f"localiser {pick_localiser(cfg, tokenizer)}: of {failures:,} failures, the step it "
+            f"named was the first wrong one in {hit},\nthat or an earlier one in {before} "
+            f"(by chance {' and '.join(chances)})\n"
         )
     common.finish_run(folder, progress, evaluate(), facts, remark)
 
