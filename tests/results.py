@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,10 +109,10 @@ def run_all(jobs: list[tuple[str, str]], script: str) -> None:
         list(tqdm(results, script, len(jobs), unit="run"))
 
 
-def default_table(script: str = "spo", prefix: str = "default", flags: str = "") -> None:
+def default_table() -> None:
     for seed in SEEDS:
-        run(f"{prefix}-{seed}", f"--seed {seed} {flags}", script=script)
-    summaries = [summary(f"{prefix}-{seed}") for seed in SEEDS]
+        run(f"default-{seed}", f"--seed {seed}")
+    summaries = [summary(f"default-{seed}") for seed in SEEDS]
     print("| seed | before | after | greedy | pass@4 | tokens | training |")
     print("|---|---|---|---|---|---|---|")
     for seed, s in zip(SEEDS, summaries):
@@ -121,11 +122,27 @@ def default_table(script: str = "spo", prefix: str = "default", flags: str = "")
             f"| {s['pass_at_k_after']:.3f} | {s['sampled_tokens'] / 1e6:.2f} M "
             f"| {s['seconds']:.0f} s |"
         )
-    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries], 3)}\n")
-    if "credit_hit" in summaries[0]:
-        pairs = [(s["credit_hit"], s["credit_chance"]) for s in summaries]
-        hits = ", ".join(f"{hit:.2f} (chance {chance:.2f})" for hit, chance in pairs)
-        print(f"credit hits, by seed: {hits}\n")
+    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries], 3)}")
+    hits = ", ".join(f"{s['credit_hit']:.2f} (chance {s['credit_chance']:.2f})" for s in summaries)
+    print(f"credit hits, by seed: {hits}\n")
+
+
+def other_default(label: str, script: str, name: str, flags: str = "") -> None:
+    """A script's default run on all cores, one seed a column, and the time of the whole process."""
+    cells, summaries = [], []
+    for seed in SEEDS:
+        began = time.time()
+        run(f"{name}-{seed}", f"--seed {seed} {flags}", script=script)
+        s = summary(f"{name}-{seed}")
+        took = f", {time.time() - began:.0f} s" if time.time() - began > s["seconds"] else ""
+        cells.append(f"{s['accuracy_after']:.3f} ± {s['accuracy_stderr']:.3f}{took}")
+        summaries.append(s)
+    cells.append(pm([s["accuracy_after"] for s in summaries], 3))
+    for column, scale, unit in (("sampled_tokens", 1e6, "M"), ("seconds", 1, "s")):
+        values = [s[column] / scale for s in summaries]
+        digits = 2 if unit == "M" else 0
+        cells.append(f"{min(values):.{digits}f} to {max(values):.{digits}f} {unit}")
+    print(f"| {label} | {' | '.join(cells)} |", flush=True)
 
 
 def mpo_table() -> None:
@@ -241,11 +258,11 @@ if __name__ == "__main__":
     if "compare" in chosen:
         compare_table()
     if "mpo" in chosen:
-        default_table("mpo", "mpo-default")
+        other_default("`mpo.py`", "mpo", "mpo-default")
         mpo_table()
     if "reset" in chosen:
-        for method in ("srpo", "rrpo"):
-            default_table("reset_po", f"reset-{method}", f"--method {method}")
+        other_default("`reset_po.py`", "reset_po", "reset-srpo")
+        other_default("`reset_po.py --method rrpo`", "reset_po", "reset-rrpo", "--method rrpo")
         run_all(curve_jobs(RESET_ROWS, "resets", "--eval_every 10"), "reset_po")
         curve_table(RESET_ROWS, "resets", ["step", "sampled_tokens"])
         localiser_table(problems=1000)
