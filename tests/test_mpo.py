@@ -627,7 +627,8 @@ def test_weights_from_the_command_line_become_numbers():
 def test_a_config_that_cannot_work_is_refused():
     for bad in (
         dict(block_size=0), dict(weights="1"), dict(weights="-0.1"), dict(weights="nan"),
-        dict(weights="half"), dict(group_size=1, batch_size=32), dict(batch_size=48), dict(clip_eps=0.0),
+        dict(weights="half"), dict(group_size=1, batch_size=32), dict(batch_size=48),
+        dict(clip_eps=0.0),
         dict(temperature=math.nan), dict(lr=math.inf), dict(warmup_updates=-1), dict(epochs=0),
     ):  # fmt: skip
         with pytest.raises(BadInput):

@@ -303,7 +303,7 @@ def test_the_prompt_localiser_asks_the_policy_and_never_shows_the_answer(
         for p, text in zip(problems, texts)
     ]
     starts = [reset_po.step_starts(s.ids, tokenizer) for s in seeds]
-    prompts, answers = [], [r"... \boxed{2}", "Step 2"]
+    prompts, answers = [], [r"... \boxed{2}", r"Step 2, no: \boxed{3}"]  # there are 2
     true_sample = common.sample
 
     def spy(model, prefixes, n=1, **options):
@@ -369,6 +369,7 @@ def test_nothing_the_policy_is_shown_in_a_step_holds_the_reference_answer(monkey
         assert len(seen) == before + (6 if localiser == "prompt" else 3)
         critique = [text for text in seen[before:] if "Step 1:" in text]
         assert len(critique) == (3 if localiser == "prompt" else 0)
+        assert (credit.tokens["localiser"] > 0) == (localiser == "prompt")
         for group in credit.base + credit.reset:  # and no critique is trained on
             for s in group:
                 assert "Step 1:" not in tokenizer.decode([*s.context, *s.ids])
@@ -548,6 +549,7 @@ def test_the_papers_seed_is_not_trained_on_and_its_cost_is_counted(model, monkey
     cfg = config((2, 2, 1), "paper", localiser="surprise", max_new_tokens=HORIZON)
     drawn, plans, credit = settled(model, monkeypatch, [[1.0, 0.0, 1.0]], cfg)
     assert [s.ids for s in credit.base[0]] == [drawn[0][0].ids, drawn[0][2].ids]
+    assert not any(a for s in credit.base[0] for a in s.advantages)  # both right: the seed is out
     assert credit.resets[0].seed.ids == drawn[0][1].ids
     assert credit.tokens["seed"] == len(drawn[0][1].ids)
     assert credit.tokens["base"] == len(drawn[0][0].ids) + len(drawn[0][2].ids)
