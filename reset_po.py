@@ -411,12 +411,9 @@ def show_answer(credit: Credit, tokenizer, colour: bool) -> str:
     return "\n".join([title, *lines])
 
 
-# Of the failures that were reset, where the task knows the first wrong step: how many, how many
-# resets went to it, to it or an earlier one, and what a random step would expect of both.
-COUNTS = ("failures", "hit", "at_or_before", "hit_chance", "at_or_before_chance")
-
-
 def locate_counts(resets: list[Reset]) -> dict:
+    """Of these resets: where the first wrong step is known, how many went to it, to it or an
+    earlier one, and how many of both a random step would expect."""
     known = [(r.named, r.truth, len(r.starts)) for r in resets if r.truth is not None]
     return dict(
         failures=len(known),
@@ -427,10 +424,43 @@ def locate_counts(resets: list[Reset]) -> dict:
     )
 
 
-def share_without_signal(groups: list[list[Sample]]) -> float | str:
-    """Of these groups, those whose advantages are all 0; "" if there are none."""
-    idle = [not any(any(s.advantages) for s in group) for group in groups]
-    return sum(idle) / len(idle) if idle else ""
+def step_counts(credit: Credit) -> dict:
+    """What a step adds to the run's counts."""
+    counts = locate_counts(credit.resets)
+    for kind, groups in (("base", credit.base), ("reset", credit.reset)):
+        counts[f"{kind}_groups"] = len(groups)
+        silent = [not any(any(s.advantages) for s in group) for group in groups]
+        counts[f"no_signal_{kind}"] = sum(silent)
+    return counts | {f"{kind}_tokens": count for kind, count in credit.tokens.items()}
+
+
+def rates(counts: dict) -> dict:
+    """Counts as shares of what they are counts of; "" where there is nothing to share."""
+    located = ("hit", "at_or_before", "hit_chance", "at_or_before_chance")
+    of = dict.fromkeys(located, "failures")
+    of |= dict(no_signal_base="base_groups", no_signal_reset="reset_groups")
+    return {key: counts[key] / counts[all_] if counts[all_] else "" for key, all_ in of.items()}
+
+
+def describe_counts(counts: dict, localiser: str) -> str:
+    """What the run's counts say, in words."""
+    shares = {key: f"{x:.0%}" for key, x in rates(counts).items() if x != ""}
+    tokens = {k: f"{counts[f'{k}_tokens']:,}" for k in ("base", "seed", "localiser", "reset")}
+    lines = []
+    if counts["failures"]:
+        lines.append(
+            f"localiser {localiser}: of {counts['failures']:,} failures, the step it named was the "
+            f"first wrong one in {shares['hit']},\nthat or an earlier one in "
+            f"{shares['at_or_before']} (by chance {shares['hit_chance']} and "
+            f"{shares['at_or_before_chance']})"
+        )
+    silent = [f"{shares[k]} of {k[10:]} groups" for k in shares if k.startswith("no_signal")]
+    lines.append(
+        f"without signal: {', '.join(silent)}\ntokens: {tokens['base']} in base groups, "
+        f"{tokens['seed']} in other seeds, {tokens['localiser']} to localise, "
+        f"{tokens['reset']} after resets\n"
+    )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -465,7 +495,7 @@ def main() -> None:
     if run.resume:
         progress = common.resume(folder, optimizer, schedule, generator)
     else:
-        progress = dict(step=0, sampled_tokens=0, seconds=0.0, **dict.fromkeys(COUNTS, 0))
+        progress = dict(step=0, sampled_tokens=0, seconds=0.0, counts={})
         progress["before"] = evaluate()
         common.start_run(folder, cfg, run, *trainer, progress)
     print(f"before: {common.describe(progress['before'])}")
@@ -490,9 +520,9 @@ def main() -> None:
             stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
             raise SystemExit(f"\n{stopped}") from None
 
-        located = locate_counts(credit.resets)
-        for key in COUNTS:
-            progress[key] += located[key]
+        counts, totals = step_counts(credit), progress["counts"]
+        for key, count in counts.items():
+            totals[key] = totals.get(key, 0) + count
         progress["step"] = step + 1
         progress["sampled_tokens"] += sum(credit.tokens.values())
         progress["seconds"] += time.time() - began
@@ -508,11 +538,8 @@ def main() -> None:
             **metrics,
             entropy=credit.entropy,
             resets=len(credit.resets) / cfg.prompts,
-            no_signal_base=share_without_signal(credit.base),
-            no_signal_reset=share_without_signal(credit.reset),
-            **{key: located[key] / located["failures"] if located["failures"] else ""
-               for key in COUNTS[1:]},
-            **{f"{key}_tokens": count for key, count in credit.tokens.items()},
+            **rates(counts),
+            **{key: count for key, count in counts.items() if key.endswith("_tokens")},
             length=sum(len(s.ids) for s in samples) / len(samples),
             lr=schedule.get_last_lr()[0],
             sampled_tokens=progress["sampled_tokens"],
@@ -529,16 +556,9 @@ def main() -> None:
             bar.close()
             print(f"saved after step {step + 1} in {folder}/; --resume continues")
             return
-    facts, remark = {}, ""
-    if failures := progress["failures"]:
-        facts = {key: progress[key] / failures for key in COUNTS[1:]} | dict(failures=failures)
-        hit, before = (f"{facts[key]:.0%}" for key in ("hit", "at_or_before"))
-        chances = (f"{facts[key]:.0%}" for key in ("hit_chance", "at_or_before_chance"))
-        remark = (
-            f"localiser {pick_localiser(cfg, tokenizer)}: of {failures:,} failures, the step it "
-            f"named was the first wrong one in {hit},\nthat or an earlier one in {before} "
-            f"(by chance {' and '.join(chances)})\n"
-        )
+    totals = progress["counts"]
+    facts = totals | {key: share for key, share in rates(totals).items() if share != ""}
+    remark = describe_counts(totals, pick_localiser(cfg, tokenizer))
     common.finish_run(folder, progress, evaluate(), facts, remark)
 
 

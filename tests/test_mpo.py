@@ -205,6 +205,27 @@ def test_rows_do_not_see_each_other():
         assert torch.allclose(whole, torch.cat(rows), atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["window", "block"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_k_of_one_is_grpos_loss_and_gradient(layout, weights):
+    """PPO's clipped objective a token at a time, its mean over tokens, group advantages."""
+    mask = ragged_mask([3, 6, 1, 5], 6)
+    a = torch.tensor([1.5, -0.5, 0.0, -1.0], dtype=torch.float64)[:, None] * mask
+    l = (0.3 * normal(4, 6)).requires_grad_()
+    batch = common.Batch(None, None, None, mask, a, None)
+    cfg = mpo.Config(block_size=1, layout=layout, weights=weights, scale_eps=True)
+    loss, _, clipped = mpo.mpo_loss(l, batch, 15, cfg)
+    total, cuts = 0.0, 0
+    for i, t in mask.nonzero().tolist():
+        ratio, advantage = l[i, t].exp(), a[i, t]
+        terms = ratio * advantage, ratio.clamp(0.8, 1.2) * advantage
+        total, cuts = total + min(terms), cuts + bool(terms[1] < terms[0])
+    assert loss.item() == pytest.approx(-total.item() / 15, abs=1e-9)
+    (given,) = torch.autograd.grad(loss, l)
+    (wanted,) = torch.autograd.grad(-total / 15, l)
+    assert torch.allclose(given, wanted, atol=1e-9) and clipped.sum().item() == cuts > 0
+
+
 # ----------------------------------------------- on-policy: what the layouts do to the gradient
 
 

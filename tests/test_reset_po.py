@@ -767,13 +767,36 @@ def test_counts_of_the_localiser_by_hand():
     assert set(reset_po.locate_counts([]).values()) == {0}
 
 
-def test_share_of_groups_without_signal():
+def test_counts_of_a_step_and_their_shares_by_hand():
     def group(*advantages):
         return [Sample([1], [2, 3], [a, a]) for a in advantages]
 
-    groups = [group(0.0, 0.0), group(1.0, -1.0), group(0.0, 0.0, 0.0), group(0.0, 0.5)]
-    assert reset_po.share_without_signal(groups) == 0.5
-    assert reset_po.share_without_signal([]) == ""
+    base = [group(0.0, 0.0), group(1.0, -1.0), group(0.0, 0.0, 0.0), group(0.0, 0.5)]
+    resets = [reset_of(2, 2, 4), reset_of(1, 2, 4)]
+    tokens = dict(base=1234, seed=5, localiser=6, reset=7)
+    credit = reset_po.Credit(base, [group(0.0, 0.0), group(0.0)], resets, 0.0, tokens)
+    counts = reset_po.step_counts(credit)
+    located = reset_po.locate_counts(resets)
+    assert counts == located | dict(
+        base_groups=4, no_signal_base=2, reset_groups=2, no_signal_reset=2,
+        base_tokens=1234, seed_tokens=5, localiser_tokens=6, reset_tokens=7,
+    )  # fmt: skip
+    assert reset_po.rates(counts) == dict(
+        hit=0.5, at_or_before=1.0, hit_chance=0.25, at_or_before_chance=0.5,
+        no_signal_base=0.5, no_signal_reset=1.0,
+    )  # fmt: skip
+    assert reset_po.describe_counts(counts, "surprise") == (
+        "localiser surprise: of 2 failures, the step it named was the first wrong one in 50%,\n"
+        "that or an earlier one in 100% (by chance 25% and 50%)\n"
+        "without signal: 50% of base groups, 100% of reset groups\n"
+        "tokens: 1,234 in base groups, 5 in other seeds, 6 to localise, 7 after resets\n"
+    )
+    idle = reset_po.step_counts(credit._replace(base=base[:1], reset=[], resets=[]))
+    assert reset_po.rates(idle) == dict(
+        hit="", at_or_before="", hit_chance="", at_or_before_chance="",
+        no_signal_base=1.0, no_signal_reset="",
+    )  # fmt: skip
+    assert reset_po.describe_counts(idle, "random").startswith("without signal: 100% of base g")
 
 
 @pytest.mark.parametrize("colour", [False, True])
