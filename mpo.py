@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import get_constant_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 import common
 from common import BadInput, Batch, Sample, arg
@@ -56,7 +56,7 @@ class Config:
     batch_size: int = arg(64, "answers per optimiser step; divides prompts x group_size")
     epochs: int = arg(1, "passes over each step's answers")
     steps: int = arg(50, "rounds of sampling and training")
-    lr: float = arg(5e-4, "AdamW's learning rate")
+    lr: float = arg(5e-4, "AdamW's highest learning rate; from there it falls linearly to 0")
     warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
@@ -260,8 +260,8 @@ def main() -> None:
     folder = common.run_folder(cfg, run)
     train = common.load_problems(run.data, "train", None, run.seed, run.terms)
     test = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+    updates = cfg.epochs * cfg.prompts * cfg.group_size // cfg.batch_size  # a step
     if not run.eval_only:
-        updates = cfg.epochs * cfg.prompts * cfg.group_size // cfg.batch_size
         matters = "from the second on, ratios leave 1 and K matters"
         print(
             f"MPO on {run.data} ({len(train):,} problems, {len(test):,} held out): "
@@ -282,7 +282,8 @@ def main() -> None:
         return
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
+    warmup, total = cfg.warmup_updates, cfg.steps * updates
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
     generator = torch.Generator(device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
     if run.resume:

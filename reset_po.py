@@ -35,7 +35,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import get_constant_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 import common
 from common import BadInput, Batch, Problem, Rollout, Sample, arg
@@ -61,7 +61,7 @@ class Config:
     batch_size: int = arg(256, "rollouts per optimiser step; divides prompts x (fresh + resets)")
     epochs: int = arg(1, "passes over each step's rollouts")
     steps: int = arg(80, "rounds of sampling and training")
-    lr: float = arg(1e-3, "AdamW's learning rate")
+    lr: float = arg(1e-3, "AdamW's highest learning rate; from there it falls linearly to 0")
     warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
     clip_eps: float = arg(0.0, "clip range of the ratio (eps); 0: no ratio, the paper's loss")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
@@ -489,7 +489,9 @@ def main() -> None:
         return
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
+    updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a step
+    warmup, total = cfg.warmup_updates, cfg.steps * updates
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
     generator = torch.Generator(device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
     if run.resume:
@@ -557,7 +559,7 @@ def main() -> None:
             print(f"saved after step {step + 1} in {folder}/; --resume continues")
             return
     totals = progress["counts"]
-    facts = totals | {key: share for key, share in rates(totals).items() if share != ""}
+    facts = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
     remark = describe_counts(totals, pick_localiser(cfg, tokenizer))
     common.finish_run(folder, progress, evaluate(), facts, remark)
 

@@ -147,34 +147,23 @@ def other_default(label: str, script: str, name: str, flags: str = "") -> None:
 
 def mpo_table() -> None:
     """K = 1 has one ratio, so its rescaled clip range is its clip range."""
-    scaled, more = "--scale_eps True", "--epochs 2"  # more: eight updates a step instead of four
-    variants = {"": "", "s": scaled, "e": more, "es": f"{more} {scaled}"}
-    jobs = [
-        (f"mpo-{i}{variant}-{seed}", f"--seed {seed} {flags} {extra}")
-        for variant, extra in variants.items()
-        for i, flags in enumerate(MPO_ROWS.values())
-        for seed in SEEDS
-        if i or "s" not in variant
-    ]
+    rows = list(enumerate(MPO_ROWS.values()))
+    jobs = [(f"mpo-{i}-{s}", f"--seed {s} {flags}") for i, flags in rows for s in SEEDS]
+    scaled = [(f"mpo-{i}-{s}-scaled", f"--seed {s} {flags}") for i, flags in rows for s in SEEDS]
+    jobs += [(name, f"{flags} --scale_eps True") for name, flags in scaled[len(SEEDS) :]]
     run_all(jobs, "mpo")
-    heads = "accuracy | scaled eps | ratio var | of block | clipped | of block | scaled eps"
-    print(f"| | {heads} | 8 updates | scaled eps |\n|---{'|---' * 9}|")
-
-    def cell(i, variant, column, digits) -> str:
-        names = [f"mpo-{i}{variant}-{seed}" for seed in SEEDS]
-        if not i and "s" in variant:
-            return ""
-        if column == "accuracy_after":
-            return pm([summary(name)[column] for name in names], digits)
-        return f"{statistics.mean(over_run(name, column) for name in names):.{digits}f}"
-
+    heads = "accuracy | ratio var | block's | cut % | block's | scaled eps: accuracy | block's cut %"
+    print(f"| | {heads} |\n|---{'|---' * 7}|")
     for i, name in enumerate(MPO_ROWS):
-        cells = [cell(i, v, "accuracy_after", 2) for v in ("", "s")]
-        cells += [cell(i, "", c, 4) for c in ("token_ratio_var", "block_ratio_var")]
-        cells += [cell(i, "", c, 4) for c in ("token_clip", "block_clip")]
-        cells += [cell(i, "s", "block_clip", 4)]
-        cells += [cell(i, v, "accuracy_after", 2) for v in ("e", "es")]
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells = []
+        for tail in ("", "-scaled") if i else ("",):
+            names = [f"mpo-{i}-{seed}{tail}" for seed in SEEDS]
+            cells.append(pm([summary(name)["accuracy_after"] for name in names], 3))
+            columns = ["token_ratio_var", "block_ratio_var", "token_clip", "block_clip"]
+            for column in columns[3:] if tail else columns:
+                mean = statistics.mean(over_run(name, column) for name in names)
+                cells.append(f"{mean:.4f}" if "var" in column else f"{100 * mean:.2f}")
+        print(f"| {name} | {' | '.join(cells + [''] * (7 - len(cells)))} |")
 
 
 def curve_table(rows: dict[str, str], prefix: str, columns: list[str]) -> None:
