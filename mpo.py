@@ -10,20 +10,22 @@ token log-ratios l_t = log pi(y_t) - log pi_old(y_t) and weights beta that sum t
 
 Confirmed by the abstract and public notes on the paper: K tokens are one action, only the ratio
 changes, Eq. 8, 9 and 11, K in {2, 3, 5}, and weights named by the share of the K - 1 future tokens.
-No code was released. Reconstructed here, or departing from it:
- 1. The future tokens' probabilities are the policy's own, teacher-forced on what was sampled. The
+No code was released. Reconstructed here (1 to 5), or departing from the paper:
+ 1. The objective: A is GRPO's group advantage; clipped once per window or block; N counts the
+    tokens of the whole optimiser step, each of which carries its window's or its block's value.
+ 2. The future tokens' probabilities are the policy's own, teacher-forced on what was sampled. The
     paper's earlier version trains extra heads that predict them from the state at t.
- 2. Clipped once per window or block; N counts the tokens of the whole optimiser step, each of
-    which carries its window's or its block's value.
  3. Layouts: `window` (one anchored at every token, stride 1) and `block` (stride K).
  4. Weights: `joint`, `uniform` (1/K), or a share p of the weight for the future tokens in equal
     parts. Where fewer than K tokens are left, beta is renormalised over those there are.
- 5. --scale_eps widens or narrows the clip range by the norm of beta, for a fair comparison.
- 6. No KL term; sizes suit the small policy of the built-in task.
+ 5. --scale_eps multiplies the clip range by the norm of beta, for a fair comparison.
+ 6. No KL term; sizes suit the small policy of the built-in task. The learning rate falls to 0:
+    at a constant one, as in spo.py, several updates a step left the last accuracies swinging.
 
-While the policy is the one that sampled, all ratios are 1 and MPO's gradient is GRPO's, up to the
-ends of answers and, for joint, a factor K. So a step makes four updates by default, and from the
-second on K matters.
+While the policy is the one that sampled, all ratios are 1, no clip acts, and MPO's gradient is
+GRPO's: exactly so for blocks of uniform weight, inside an answer for windows; joint weights make it
+K times as large; in a block, a share p weighs the first token most. So a step makes four updates by
+default, and from the second on K matters more.
 
     python mpo.py                   TIME on two cores, held-out accuracy BEFORE -> AFTER
     python mpo.py --block_size 1    GRPO
@@ -70,10 +72,10 @@ class Config:
         common.require_range(self, 0, "warmup_updates")
         positive = ("lr", "clip_eps", "max_grad_norm", "temperature")
         common.require_range(self, 0, *positive, open=True)
-        try:
+        try:  # a share comes as text, and is a number from here on
             if self.weights not in ("joint", "uniform"):
                 self.weights = float(self.weights)
-            block_weights(self.block_size, self.weights)
+            block_weights(self.block_size, self.weights, 1)
         except ValueError:
             wanted = "must be joint, uniform, or a share in [0, 1)"
             raise BadInput(f"--weights {self.weights}: {wanted}") from None
@@ -112,8 +114,8 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
 
 
 def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tensor:
-    """(B, T, K) weights of the K tokens from each token on: 0 from the first unmasked one on, and
-    except for joint renormalised over the rest. K is at most T."""
+    """(B, T, K) weights of the K tokens from each token on: 0 from the first one outside the mask
+    on, and except for joint renormalised over the rest. No more than T of the K are kept."""
     beta = block_weights(block_size, weights, mask.shape[1]).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
     beta = beta * inside.cumprod(-1)  # (B, T, K)
@@ -122,14 +124,14 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
 
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     """(B, T) index of the token whose window gives each token its ratio: the token itself, or the
-    first one of its block. Blocks count from the first token of each masked run."""
+    first one of its block. Blocks count from the first token of the mask, and anew after a gap."""
     if layout not in ("window", "block"):
         raise ValueError(f"layout must be window or block, not {layout}")
     t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, T)
     if layout == "window":
         return t
-    unmasked = t.masked_fill(mask, -1).cummax(1).values  # (B, T) the last unmasked one so far
-    return t - (t - unmasked - 1).clamp(min=0) % block_size
+    outside = t.masked_fill(mask, -1).cummax(1).values  # (B, T) the last one outside the mask
+    return t - (t - outside - 1).clamp(min=0) % block_size
 
 
 def block_log_ratio(
@@ -166,7 +168,8 @@ def mpo_loss(log_ratio: Tensor, batch: Batch, normaliser: int, cfg: Config):
     log_ratio: l (B, T). normaliser: N, the tokens of the WHOLE optimiser step.
     """
     log_blocks = block_log_ratio(log_ratio, batch.mask, cfg.block_size, cfg.layout, cfg.weights)
-    eps = scaled_eps(batch.mask, cfg) if cfg.scale_eps else cfg.clip_eps
+    # In one dtype with the ratio: a rounding between two would look like a cut.
+    eps = scaled_eps(batch.mask, cfg).to(log_ratio.dtype) if cfg.scale_eps else cfg.clip_eps
     objective, clipped = common.clipped_surrogate(log_blocks, batch.advantages, eps)  # (B, T)
     return -(objective * batch.mask).sum() / normaliser, log_blocks, clipped
 
@@ -229,7 +232,8 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
             steps += 1
     metrics = {k: sums[k] / (steps if k in ("loss", "grad_norm") else max(tokens, 1)) for k in sums}
     mean, square = moments / max(tokens, 1)  # (2,), (2,)
-    metrics["token_ratio_var"], metrics["block_ratio_var"] = (square - mean**2).tolist()
+    variance = (square - mean**2).clamp(min=0).tolist()
+    metrics["token_ratio_var"], metrics["block_ratio_var"] = variance
     return metrics, last
 
 
@@ -238,19 +242,21 @@ def show_answer(problems, rollouts, credit: Credit, last, cfg: Config, tokenizer
 
     Its tokens have the colour of its advantage, and none where the clip cut the gradient.
     """
-    signal = [id(s) in last for s in credit.samples]
-    i = next((i for i, r in enumerate(rollouts) if signal[i] and not r.reward), 0)
+    trained = [i for i, s in enumerate(credit.samples) if id(s) in last]
+    if not trained:
+        return "no answer carried a signal"
+    i = next((i for i in trained if not rollouts[i].reward), trained[0])
     title, notes = common.answer_notes(problems[i], rollouts[i], tokenizer)
     pieces = [tokenizer.decode([id]) for id in rollouts[i].ids]
     s = credit.samples[i]
-    ratios, clipped = last.get(id(s), ([1.0] * len(s.ids), [False] * len(s.ids)))
+    ratios, clipped = last[id(s)]
     blocks = cfg.layout == "block"
     starts = range(0, len(s.ids), cfg.block_size) if blocks else range(len(s.ids))
     labels = {t: f"{ratios[t]:.2f}{'*' * clipped[t]}" for t in starts if blocks or clipped[t]}
     credits = [0.0 if cut else advantage for cut, advantage in zip(clipped, s.advantages)]
     lines = common.credit_lines(pieces, credits, labels, notes, colour)
-    window = f"each token has a ratio, of it and the next {cfg.block_size - 1}"
-    what = "| opens a block with one ratio; * clipped" if blocks else f"{window}; | * clipped"
+    window = f"each token has a ratio, of {cfg.block_size} tokens from it on; | and *: clipped"
+    what = "| opens a block, which has one ratio; *: clipped" if blocks else window
     return "\n".join([f"{title}, advantage {s.advantages[0]:+.2f}", *lines, f"  {what}"])
 
 

@@ -22,6 +22,11 @@ def model():
     return make_policy()
 
 
+@pytest.fixture
+def tokenizer():
+    return common.build_tokenizer()
+
+
 def slow_weights(block_size: int, weights, size: int) -> list[float]:
     """beta over the first `size` tokens of a window of block_size."""
     if weights == "joint":
@@ -390,6 +395,18 @@ def test_the_clip_range_is_the_one_asked_for(scale_eps):
     assert gradient.sum().item() == pytest.approx(0 if scale_eps else -math.exp(0.05))
 
 
+@pytest.mark.parametrize("weights", ["uniform", 0.2, "joint"])
+@pytest.mark.parametrize("layout", ["window", "block"])
+def test_rounding_is_no_cut(layout, weights):
+    """Ratios far inside the range, in float32, with advantages whose products round."""
+    mask, l = ragged_mask([30] * 40, 30), 0.001 * normal(40, 30, dtype=torch.float32)
+    a = torch.where(normal(40, 1, seed=1) > 0, 3**0.5, -(3**-0.5)).float().expand(40, 30)
+    batch = common.Batch(None, None, None, mask, a, None)
+    cfg = mpo.Config(block_size=5, layout=layout, weights=weights, scale_eps=True)
+    loss, _, clipped = mpo.mpo_loss(l, batch, 1200, cfg)
+    assert loss.dtype == torch.float32 and not clipped.any()
+
+
 # --------------------------------------------------------------------------------------- credit
 
 
@@ -538,6 +555,41 @@ def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model,
     assert schedule.get_last_lr() == [1e-3 / 16]  # four optimiser steps
 
 
+def test_loss_and_norm_are_means_over_the_optimiser_steps(model):
+    samples = random_samples(model)[:8]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    cfg = mpo.Config(prompts=4, group_size=2, batch_size=4)
+    metrics, _ = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    order = random.Random("seed-0").sample(samples, 8)
+    losses, norms = [], []
+    for half in (order[:4], order[4:]):
+        model.zero_grad()
+        losses.append(slow_loss(model, half, cfg))
+        losses[-1].backward()
+        norms.append(flat_grad(model).norm().item())
+    assert metrics["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+
+
+def test_the_variance_of_far_ratios_is_that_of_the_ratios_in_the_loss(model):
+    samples = random_samples(model)
+    for s in samples:
+        s.old_logprobs = [p - 3.0 for p in s.old_logprobs]
+    samples[0].old_logprobs[0] -= 100.0  # e^100 is cut to e^10
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    cfg = mpo.Config(prompts=5, group_size=2, batch_size=10, block_size=1)
+    metrics, _ = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    ratios = []
+    for s in samples:
+        if any(s.advantages):
+            log_ratios = log_prob(model, s.ids) - torch.tensor(s.old_logprobs)
+            ratios += [math.exp(min(x, 10)) for x in log_ratios.tolist()]
+    variance = torch.tensor(ratios, dtype=torch.float64).var(correction=0).item()
+    assert metrics["token_ratio_var"] == pytest.approx(variance, rel=1e-3)
+
+
 def test_only_from_the_second_update_on_do_ratios_leave_one(model):
     samples = random_samples(model)
     common.score(model, samples, 1.0)
@@ -609,7 +661,7 @@ def test_the_display_of_windows_marks_the_clipped_ones():
     lines = shown(cfg, [0.9, 0.7, 0.6, *[1.0] * 5], [False, True, True, *[False] * 5])
     text, _ = lines[1].split("<-")
     assert text.split() == ["3|1|+4=36<end>", "0.70*", "0.60*"]
-    assert "the next 2" in lines[2]
+    assert "of 3 tokens" in lines[2]
 
 
 def test_what_was_clipped_has_no_colour():
@@ -626,15 +678,22 @@ def test_what_was_clipped_has_no_colour():
     assert "|4=3" in text
 
 
-def test_an_answer_without_signal_can_be_shown():
-    cfg = mpo.Config(block_size=2, layout="block")
-    tokenizer = common.build_tokenizer()
+def test_a_step_without_signal_says_so(tokenizer):
+    credit = mpo.Credit([Sample([1], [2, 3], [0.0, 0.0])], 0.0)
+    rollouts = [common.Rollout([1], [2, 3], False, 0.0)]
+    text = mpo.show_answer([None], rollouts, credit, {}, mpo.Config(), tokenizer, False)
+    assert text == "no answer carried a signal"
+
+
+def test_without_a_failure_a_trained_success_is_shown(tokenizer):
     problem = common.Problem("31+4", "31+4=35\n#### 35", "35")
     ids = common.encode(tokenizer, "31")
-    samples = [Sample([1], ids, [0.0, 0.0])]
-    rollouts = [common.Rollout([1], ids, False, 0.0)]
-    text = mpo.show_answer([problem], rollouts, mpo.Credit(samples, 0.0), {}, cfg, tokenizer, False)
-    assert "|31  1.00" in text and "advantage +0.00" in text
+    samples = [Sample([1], ids, [0.0, 0.0]), Sample([1], ids, [0.5, 0.5])]
+    rollouts = [common.Rollout([1], ids, True, 0.0), common.Rollout([1], ids, True, 1.0)]
+    last = {id(samples[1]): ([1.25, 1.25], [True, True])}
+    cfg, credit = mpo.Config(layout="block", block_size=2), mpo.Credit(samples, 0.0)
+    text = mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False)
+    assert "|31  1.25*" in text and "reward 1, advantage +0.50" in text
 
 
 # --------------------------------------------------------------------------------------- config
@@ -643,6 +702,7 @@ def test_an_answer_without_signal_can_be_shown():
 def test_weights_from_the_command_line_become_numbers():
     assert mpo.Config(weights="0.2").weights == 0.2
     assert mpo.Config(weights="joint").weights == "joint"
+    assert mpo.Config(block_size=10**12).block_size == 10**12  # longer than memory, and no harm
 
 
 def test_a_config_that_cannot_work_is_refused():

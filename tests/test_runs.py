@@ -804,6 +804,26 @@ def test_another_script_reads_a_file_of_problems(run, tmp_path, script):
     assert "step 1: " in (tmp_path / "runs" / script / "samples.txt").read_text("utf-8")
 
 
+@pytest.mark.parametrize("script", ["spo", *OTHERS])
+def test_everything_is_sampled_and_scored_at_the_temperature_asked_for(warm, run, script):
+    patch = """
+sample, token_logprobs = common.sample, common.token_logprobs
+def cool(*args, **options):
+    assert options["temperature"] == 0.7
+    return sample(*args, **options)
+def cool_score(model, batch, temperature, *args, **options):
+    assert temperature == 0.7
+    return token_logprobs(model, batch, temperature, *args, **options)
+common.sample, common.token_logprobs = cool, cool_score
+"""
+    flags = SHORT if script == "spo" else [*other_args(script), "--steps", "2"]
+    done = run(*flags, "--temperature", "0.7", patch=patch, script=script)
+    assert done.code == 0, done.err
+    for row in metrics(warm / "runs" / script):
+        if script != "reset_po":
+            assert 0 <= float(row["no_signal"]) < 1  # of so unsure a policy some answers differ
+
+
 def test_mpo_says_whether_k_can_matter(warm, run):
     sizes = "--prompts 4 --group_size 4 --batch_size 8 --steps 3 --warmup_updates 0".split()
     two = run(*BASE, *sizes, script="mpo").out
