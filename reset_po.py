@@ -14,10 +14,12 @@ Departures from the paper:
     until G others exist, which skews the base towards success (--seed_rule paper).
  2. A small policy cannot be asked for its mistake. `uncertain` returns to the first step that holds
     a token sampled below a probability (SPO's cutpoint), `surprise` to that of the least likely
-    token; both are ours. `oracle` knows. Models with a chat template get the paper's `prompt`.
+    token; both are ours. `oracle` knows. Models with a chat template are asked, as in the paper
+    (`prompt`), in words of our own.
  3. Without a failure to reset to, G more answers join the base group: one group of 2G.
  4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
- 5. Sizes and learning rate suit the small policy of the built-in task; the paper trains LoRA.
+ 5. Sizes and learning rate, which falls to 0, suit the small policy of the built-in task; the paper
+    trains LoRA. Sampling is at temperature 1 without top-p (0.7 and 0.95 in the paper).
  6. --clip_eps adds PPO's ratio and clip, which the paper's loss does without.
 
     python reset_po.py                   TIME on two cores, held-out accuracy BEFORE -> AFTER
@@ -51,14 +53,14 @@ class Config:
     )
     threshold: float = arg(0.9, "uncertain: a token sampled at a lower probability (rho)")
     localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens")
-    delimiter: str = arg("", "what ends a step; by default a line's end")
+    delimiter: str = arg("", "what ends a step, \\n for a line break; default: that")
     max_steps: int = arg(20, "most steps of an answer; the last one takes the rest")
     fresh: int = arg(4, "answers per problem from the prompt: the base group (G)")
     resets: int = arg(4, "continuations per reset: the reset group (G)")
     seeds: int = arg(1, "failed answers per problem to reset")
     seed_rule: Literal["keep", "paper"] = arg("keep", "paper: the seed leaves the base group")
     prompts: int = arg(32, "problems per step")
-    batch_size: int = arg(256, "rollouts per optimiser step; divides prompts x (fresh + resets)")
+    batch_size: int = arg(256, "rollouts per optimiser step; divides those of a step")
     epochs: int = arg(1, "passes over each step's rollouts")
     steps: int = arg(80, "rounds of sampling and training")
     lr: float = arg(1e-3, "AdamW's highest learning rate; from there it falls linearly to 0")
@@ -75,6 +77,7 @@ class Config:
         common.require_range(self, 0, "threshold", "lr", "max_grad_norm", "temperature", open=True)
         if self.threshold > 1:
             raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
+        self.delimiter = self.delimiter.replace("\\n", "\n")  # as a shell passes it on
         if self.method != "srpo" and self.localiser not in ("auto", "random"):
             raise BadInput(f"--localiser {self.localiser}: --method {self.method} asks for none")
         self.localiser = self.localiser if self.method == "srpo" else "random"
@@ -112,9 +115,9 @@ class Plan(NamedTuple):
 def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     """What the rewards of the answers drawn so far decide, and how many more are certainly needed.
 
-    seed_rule keep: the seeds are the first failures among `fresh` answers, all of them in the base
-    group. paper: the first failures among TRIES answers, none of them in it (and so without a
-    base group). For each seed that is missing, `resets` more answers join the base group.
+    seed_rule keep: the seeds are the first failures among `fresh` answers, and stay in the base
+    group. paper, or fresh = 0: the first failures among TRIES answers, and leave it; it is filled
+    up with others. For each seed not found, `resets` more answers join the base group.
 
     >>> plan_groups([1.0, 0.0, 1.0, 0.0], Config())
     Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
@@ -132,28 +135,31 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     return Plan(max(0, size - len(others)), seeds, others[:size])
 
 
-def step_starts(ids: list[int], tokenizer, delimiter: str = "\n", max_steps: int = 20) -> list[int]:
+def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()) -> list[int]:
     """Index of each step's first token. A step ends after `delimiter`; blank ones do not count.
 
     A step begins with the token that holds its first character, even if the delimiter before it
     is in the same token, which byte-level BPE may do: a reset must not keep a part of the step.
-    The first step begins at 0; the last one holds whatever is beyond max_steps.
+    The first step begins at 0; the last one holds whatever is beyond max_steps. A last id that is
+    special or one of `stops` ended the answer, and is no step.
     """
-    if ids and ids[-1] in tokenizer.all_special_ids:
+    if ids and ids[-1] in {*tokenizer.all_special_ids, *stops}:
         ids = ids[:-1]
 
-    def text(count: int) -> str:
-        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+    def text(count: int) -> str:  # without a character of which only some bytes are there yet
+        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
 
     begins, at = [], 0  # characters
     for piece in text(len(ids)).split(delimiter):
         if piece.strip():
             begins.append(at)
         at += len(piece) + len(delimiter)
-    # The token with character c is the first one up to which the text is longer than c.
-    tokens = range(len(ids))
-    starts = {bisect_right(tokens, c, key=lambda t: len(text(t + 1))) for c in begins[1:]}
-    return sorted({0, *starts})[:max_steps]
+    lengths = [len(text(t)) for t in range(len(ids) + 1)]
+    starts = {0}
+    for c in begins[1:]:
+        t = next(t for t, length in enumerate(lengths) if length >= c)
+        starts.add(t if lengths[t] == c else t - 1)  # t - 1: that token holds both sides of c
+    return sorted(starts)[:max_steps]
 
 
 def localize_random(starts: list[int], generator: torch.Generator) -> int:
@@ -200,7 +206,8 @@ def parse_step(text: str, count: int) -> int:
     >>> parse_step("Step 2 is fine, step 3 is not. \\\\boxed{3}", 5), parse_step("Step 9", 5)
     (3, 1)
     """
-    for pattern in (r"\\boxed\s*\{\s*([0-9]{1,9})\s*\}", r"\bstep\s*([0-9]{1,9})\b"):
+    boxed = r"\\boxed\s*\{(?:\s|step|\\text\s*\{[^{}]*\})*([0-9]{1,9})[\s.]*\}"
+    for pattern in (boxed, r"\bstep[\s:#]{0,3}([0-9]{1,9})\b"):
         named = [int(k) for k in re.findall(pattern, text, re.IGNORECASE)]
         if named := [k for k in named if 1 <= k <= count]:
             return named[-1]
@@ -250,18 +257,23 @@ def draw_answers(model, tokenizer, problems, cfg: Config, generator):
 
 
 def localize_prompt(model, tokenizer, questions, seeds, starts, cfg: Config, generator):
-    """The step that the policy names when asked, for each seed, and the tokens it wrote. It is
-    sent through the chat template if there is one; where it leaves no room to write: step 1."""
+    """The step that the policy names when asked, for each seed, and the tokens it wrote.
+
+    The question goes through the chat template if there is one; if it leaves no room for a reply,
+    the step is 1. What the template adds may hold special tokens; question and attempt may not,
+    whatever the policy wrote.
+    """
     prompts, rooms = [], []
     for question, s, cuts in zip(questions, seeds, starts):
         spans = zip(cuts, [*cuts[1:], len(s.ids)])
         steps = [tokenizer.decode(s.ids[a:b], skip_special_tokens=True).strip() for a, b in spans]
         text = localisation_prompt(question, steps)
+        ids = common.encode(tokenizer, text + "\n")
         if tokenizer.chat_template:
             chat, form = [dict(role="user", content=text)], dict(add_generation_prompt=True)
-            ids = tokenizer.apply_chat_template(chat, return_dict=False, **form)
-        else:
-            ids = common.encode(tokenizer, text + "\n")
+            around = tokenizer.apply_chat_template(chat, tokenize=False, **form).split(text, 1)
+            before, after = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in around)
+            ids = [*before, *common.encode(tokenizer, text), *after]
         room = common.answer_budget(model, ids, cfg.localiser_tokens)
         prompts.append(ids if room > 0 else ids[:1])
         rooms.append(max(0, room))
@@ -310,7 +322,8 @@ def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator):
     """
     if not seeds:
         return [], 0
-    starts = [step_starts(s.ids, tokenizer, cfg.delimiter or "\n", cfg.max_steps) for s in seeds]
+    how = (cfg.delimiter or "\n", cfg.max_steps, common.eos_ids(model, tokenizer))
+    starts = [step_starts(s.ids, tokenizer, *how) for s in seeds]
     named, tokens = localize(model, tokenizer, problems, seeds, starts, cfg, generator)
     rows = list(zip(problems, seeds, starts, named))
     states = [(s.context, s.ids[: cuts[h - 1]], problem.answer) for problem, s, cuts, h in rows]
@@ -318,8 +331,8 @@ def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator):
     rollouts = common.complete(model, tokenizer, states, size, cfg.max_new_tokens, **options)
     resets = []
     for i, (problem, s, cuts, h) in enumerate(rows):
-        known = common.first_wrong_token(s.ids, problem, tokenizer) is not None
-        truth = localize_oracle(s.ids, cuts, problem, tokenizer) if known else None
+        wrong = common.first_wrong_token(s.ids, problem, tokenizer)
+        truth = None if wrong is None else bisect_right(cuts, wrong)
         resets.append(Reset(problem, s, cuts, h, truth, rollouts[i * size : (i + 1) * size]))
     return resets, tokens
 
@@ -472,11 +485,12 @@ def main() -> None:
     if cfg.localiser == "oracle" and not train[0].checkable:
         raise BadInput(f"--localiser oracle: the steps of --data {run.data} cannot be judged")
     if not run.eval_only:
+        resets = f" and {cfg.seeds} x {cfg.resets} continuations of a failed one"
         print(
-            f"{cfg.method.upper()} on {run.data} ({len(train):,} problems, {len(test):,} held out)"
-            f": {cfg.steps} steps of {cfg.prompts} problems,\neach with {cfg.fresh} answers and "
-            f"{cfg.seeds} x {cfg.resets} continuations of a failed one,\non {device} in "
-            f"{str(dtype)[6:]}, to {folder}/"
+            f"{cfg.method.upper() if cfg.seeds else 'GRPO'} on {run.data} ({len(train):,} problems,"
+            f" {len(test):,} held out): {cfg.steps} steps of {cfg.prompts} problems,\neach with "
+            f"{cfg.fresh} answers{resets if cfg.seeds else ''}, on {device} in {str(dtype)[6:]}, "
+            f"to {folder}/"
         )
     model, tokenizer = common.open_policy(run, folder, train, test, device, dtype)
 
@@ -500,6 +514,8 @@ def main() -> None:
         progress = dict(step=0, sampled_tokens=0, seconds=0.0, counts={})
         progress["before"] = evaluate()
         common.start_run(folder, cfg, run, *trainer, progress)
+    if cfg.seeds:
+        print(f"localiser: {pick_localiser(cfg, tokenizer)}")
     print(f"before: {common.describe(progress['before'])}")
     ctrl_c, done = common.CtrlC(), progress["step"]
     for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):

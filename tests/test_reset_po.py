@@ -180,13 +180,26 @@ def test_a_fused_line_break_belongs_to_the_step_whose_characters_it_holds():
     assert reset_po.step_starts(ids, fused) == [0, 2, 6]  # blank lines are no steps
 
 
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE over characters that spells unknown ones in bytes, each a token: as Llama 2 does."""
+    known = [f"<0x{i:02X}>" for i in range(256)] + list("453.= So\n")
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(known))}
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<0x00>")
+    )
+    decoders = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    inner.decoder = tokenizers.decoders.Sequence(decoders)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>")
+
+
 @pytest.mark.parametrize("delimiter", ["\n", "\n\n", ". ", "。"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_reset_keeps_no_character_of_its_step_and_all_it_can_before(fused, delimiter):
-    tokenizer = fused_tokenizer() if fused else common.build_tokenizer()
+@pytest.mark.parametrize("kind", ["bytes", "fused", "fallback"])
+def test_a_reset_keeps_no_character_of_its_step_and_all_it_can_before(kind, delimiter):
+    kinds = dict(bytes=common.build_tokenizer, fused=fused_tokenizer, fallback=fallback_tokenizer)
+    tokenizer = kinds[kind]()
     rng = random.Random(0)
     for _ in range(60):
-        parts = ["4", "5", "3", ".", "=3", " So", "\n", "\n\n", "。", "é", ". "]
+        parts = ["4", "5", "3", ".", "=3", " So", "\n", "\n\n", "。", "é", ". ", "🍎"]
         text = "".join(rng.choices(parts, k=25))
         ids = common.encode(tokenizer, text)
         starts = reset_po.step_starts(ids, tokenizer, delimiter, max_steps=99)
@@ -195,12 +208,19 @@ def test_a_reset_keeps_no_character_of_its_step_and_all_it_can_before(fused, del
             if piece.strip():
                 begins.append(at)
             at += len(piece) + len(delimiter)
-        ends = [len(tokenizer.decode(ids[: t + 1])) for t in range(len(ids))]
-        holders = [min(t for t, end in enumerate(ends) if end > c) for c in begins[1:]]
-        assert starts == sorted({0, *holders})
-        for c, start in zip(begins[1:], holders):
-            assert len(tokenizer.decode(ids[:start])) <= c < ends[start]
+        holders = []  # for each step, the last token before which nothing of the step stands
+        for c in begins[1:]:
             assert text[:c].endswith(delimiter)
+            beginnings = [tokenizer.decode(ids[:t]) for t in range(len(ids))]
+            whole = [t for t, done in enumerate(beginnings) if text[:c].startswith(done)]
+            holders.append(max(whole))
+        assert starts == sorted({0, *holders})
+
+
+def test_an_end_token_that_only_the_checkpoint_knows_is_no_step(tokenizer):
+    ids = common.encode(tokenizer, "1\n2\n3")  # as if "3" ended answers
+    assert reset_po.step_starts(ids, tokenizer) == [0, 2, 4]
+    assert reset_po.step_starts(ids, tokenizer, stops={ids[-1]}) == [0, 2]
 
 
 def test_a_special_token_can_end_a_step():
@@ -268,7 +288,11 @@ def test_the_oracle_names_the_step_of_the_first_wrong_token(tokenizer):
         ("Step 9 and Step 3 and step 0", 3),
         (r"Step 4 \boxed{2}", 2),
         (r"\boxed{2} then Step 4", 2),
-        (r"\boxed{step 2}, Step 5", 5),
+        (r"\boxed{step 2}, Step 5", 2),
+        (r"\boxed{\text{Step }3}", 3),
+        (r"\boxed{\text{Step 3}}. **Step: 4**", 4),
+        (r"\boxed{2.} step #5", 2),
+        (r"\boxed{2.5} step #5", 5),
         (r"\boxed{" + "9" * 5000 + "} step " + "9" * 5000, 1),
         ("steps 3", 1),
         ("step3", 3),
@@ -280,6 +304,27 @@ def test_the_parser_takes_the_last_box_in_range_then_the_last_step_then_one(text
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_no_words_in_an_attempt_become_control_tokens(tmp_path, monkeypatch):
+    tokenizer = fused_tokenizer(["<|eot|>"])
+    tokenizer.chat_template = CHAT + "<|eot|>"
+    mark, seen = tokenizer.convert_tokens_to_ids("<|eot|>"), []
+    torch.manual_seed(0)
+    model = common.build_policy(len(tokenizer))
+
+    def spy(model, prefixes, n=1, **options):
+        seen.extend(prefixes)
+        return [Rollout(prefix, [1], True) for prefix in prefixes]
+
+    monkeypatch.setattr(common, "sample", spy)
+    problem = Problem("1+1<|eot|>?", "#### 2", "2")
+    ids = common.encode(tokenizer, "1+1=<|eot|>3\n#### 3")
+    seed, cfg = Sample([1], ids), reset_po.Config(localiser="prompt")
+    reset_po.localize(model, tokenizer, [problem], [seed], [[0]], cfg, torch.Generator())
+    assert seen[0].count(mark) == 1 and seen[0][-1] == mark
+    text = tokenizer.decode(seen[0])
+    assert text.count("<|eot|>") == 3 and text.startswith("<user>Here is a problem")
 
 
 @pytest.mark.parametrize("template", [CHAT, None])
@@ -444,6 +489,7 @@ def test_a_reset_keeps_the_steps_before_the_named_one_and_prefills_them_once(
 
     def sample(model, prefixes, n, *, max_new_tokens, **options):
         budgets.append((n, max_new_tokens))
+        assert options["temperature"] == 0.7 and options["generator"] is generator
         return true_sample(model, prefixes, n, max_new_tokens=max_new_tokens, **options)
 
     monkeypatch.setattr(common, "sample", sample)
@@ -454,7 +500,9 @@ def test_a_reset_keeps_the_steps_before_the_named_one_and_prefills_them_once(
         return 1.0
 
     monkeypatch.setattr(common, "response_reward", response_reward)
-    cfg = reset_po.Config(localiser="oracle", resets=3, max_new_tokens=30, batch_size=224)
+    cfg = reset_po.Config(
+        localiser="oracle", resets=3, max_new_tokens=30, batch_size=224, temperature=0.7
+    )
     generator = torch.Generator().manual_seed(0)
     resets, tokens = reset_po.reset_seeds(model, tokenizer, problems, seeds, cfg, generator)
     assert [(r.named, r.truth, r.starts) for r in resets] == [(2, 2, [0, 8, 16]), (1, 1, [0, 8])]
@@ -470,6 +518,24 @@ def test_a_reset_keeps_the_steps_before_the_named_one_and_prefills_them_once(
         kept = reset.seed.ids[: reset.starts[reset.named - 1]]
         assert ids[: len(kept)] == kept and answer == reset.problem.answer
     assert [ids for ids, _ in rewarded][0][8:] == resets[0].group[0].ids
+
+
+def test_steps_are_those_of_the_config(tokenizer):
+    torch.manual_seed(0)
+    model = common.build_policy(len(tokenizer))
+    problems, seeds = two_failures(tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    for more, starts in ((dict(delimiter="="), [0, 5, 13]), (dict(max_steps=2), [0, 8])):
+        cfg = reset_po.Config(localiser="oracle", max_new_tokens=30, **more)
+        arguments = (problems[:1], seeds[:1], cfg, generator)
+        (reset,), _ = reset_po.reset_seeds(model, tokenizer, *arguments)
+        assert reset.starts == starts
+    assert reset_po.Config(delimiter=r"\n\n").delimiter == "\n\n"
+    model.generation_config.eos_token_id = [256, common.encode(tokenizer, "9")[0]]
+    seeds[0].ids = common.encode(tokenizer, "31+4=35\n9")  # one more id ends its answers
+    cfg = reset_po.Config(localiser="oracle", max_new_tokens=30)
+    (reset,), _ = reset_po.reset_seeds(model, tokenizer, problems[:1], seeds[:1], cfg, generator)
+    assert reset.starts == [0]
 
 
 def test_a_reset_to_the_first_step_is_a_fresh_group(tokenizer):
@@ -564,12 +630,13 @@ def test_without_a_fresh_group_only_resets_are_trained_on(model, monkeypatch):
 
 
 def test_with_the_clip_the_suffixes_are_scored(model, monkeypatch):
-    cfg = config((2, 2, 1), localiser="surprise", max_new_tokens=HORIZON, clip_eps=0.2)
+    sizes = dict(max_new_tokens=HORIZON, clip_eps=0.2, temperature=0.8)
+    cfg = config((2, 2, 1), localiser="surprise", **sizes)
     _, _, credit = settled(model, monkeypatch, [[1.0, 0.0]], cfg)
     (group,), (reset,) = credit.reset, credit.resets
     for s in group:
         kept = reset.seed.ids[: reset.named - 1]
-        whole = log_prob(model, [*kept, *s.ids]).tolist()
+        whole = log_prob(model, [*kept, *s.ids], 0.8).tolist()
         assert s.old_logprobs == pytest.approx(whole[len(kept) :], abs=1e-5)
 
 
@@ -637,6 +704,21 @@ def test_an_update_follows_the_slow_loss_at_any_micro_batch(
     trained = sum(len(s.ids) for s in samples if any(s.advantages))
     assert metrics["clip_fraction"] == pytest.approx(sum(cuts) / trained)
     assert bool(sum(cuts)) == bool(clip_eps)
+
+
+def test_loss_and_norm_are_means_over_the_optimiser_steps(model):
+    samples = samples_with_prefixes(model)[:8]
+    cfg = reset_po.Config(prompts=1, batch_size=4)
+    metrics = reset_po.update(*trainer(model, lr=1e-9), samples, cfg, "seed")
+    order = random.Random("seed-0").sample(samples, 8)
+    losses, norms = [], []
+    for half in (order[:4], order[4:]):
+        model.zero_grad()
+        losses.append(slow_loss(model, half)[0])
+        losses[-1].backward()
+        norms.append(flat_grad(model).norm().item())
+    assert metrics["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
 
 
 def gradient(model, samples, normaliser, clip_eps=0.0):
