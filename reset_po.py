@@ -16,7 +16,8 @@ Departures from the paper:
     a token sampled below a probability (SPO's cutpoint), `surprise` to that of the least likely
     token; both are ours. `oracle` knows. Models with a chat template are asked, as in the paper
     (`prompt`), in words of our own.
- 3. Without a failure to reset to, G more answers join the base group: one group of 2G.
+ 3. Without a failure among the G, G more answers join them: one group of 2G, as in the paper when
+    12 tries hold none.
  4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
  5. Sizes and learning rate, which falls to 0, suit the small policy of the built-in task; the paper
     trains LoRA. Sampling is at temperature 1 without top-p (0.7 and 0.95 in the paper).
