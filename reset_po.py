@@ -54,7 +54,7 @@ class Config:
     )
     threshold: float = arg(0.9, "uncertain: a token sampled at a lower probability (rho)")
     localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens")
-    delimiter: str = arg("", "what ends a step, \\n for a line break; default: that")
+    delimiter: str = arg(r"\n", r"what ends a step; \n is a line break")
     max_steps: int = arg(20, "most steps of an answer; the last one takes the rest")
     fresh: int = arg(4, "answers per problem from the prompt: the base group (G)")
     resets: int = arg(4, "continuations per reset: the reset group (G)")
@@ -78,7 +78,9 @@ class Config:
         common.require_range(self, 0, "threshold", "lr", "max_grad_norm", "temperature", open=True)
         if self.threshold > 1:
             raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
-        self.delimiter = self.delimiter.replace("\\n", "\n")  # as a shell passes it on
+        self.delimiter = self.delimiter.replace(r"\n", "\n")  # as a shell passes it on
+        if not self.delimiter:
+            raise BadInput("--delimiter '': a step needs an end")
         if self.method != "srpo" and self.localiser not in ("auto", "random"):
             raise BadInput(f"--localiser {self.localiser}: --method {self.method} asks for none")
         self.localiser = self.localiser if self.method == "srpo" else "random"
@@ -323,7 +325,7 @@ def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator):
     """
     if not seeds:
         return [], 0
-    how = (cfg.delimiter or "\n", cfg.max_steps, common.eos_ids(model, tokenizer))
+    how = (cfg.delimiter, cfg.max_steps, common.eos_ids(model, tokenizer))
     starts = [step_starts(s.ids, tokenizer, *how) for s in seeds]
     named, tokens = localize(model, tokenizer, problems, seeds, starts, cfg, generator)
     rows = list(zip(problems, seeds, starts, named))

@@ -941,7 +941,8 @@ def test_a_config_that_cannot_work_is_refused():
         dict(resets=-1), dict(method="rrpo", localiser="oracle"), dict(threshold=1.5),
         dict(method="grpo", localiser="surprise"), dict(threshold=0.0), dict(max_steps=0),
         dict(batch_size=7), dict(clip_eps=-0.1), dict(clip_eps=math.nan), dict(lr=0.0),
-        dict(localiser_tokens=0), dict(temperature=0.0), dict(warmup_updates=-1), dict(epochs=0),
+        dict(localiser_tokens=0), dict(delimiter=""), dict(temperature=0.0), dict(epochs=0),
+        dict(warmup_updates=-1),
     ):  # fmt: skip
         with pytest.raises(BadInput):
             reset_po.Config(**bad)

@@ -678,6 +678,7 @@ OTHER_BAD = {
         ("--threshold 1.5", "--threshold 1.5"),
         ("--threshold 0", "--threshold 0"),
         ("--max_steps 0", "--max_steps 0"),
+        ("--delimiter=", "--delimiter ''"),
         ("--localiser_tokens 0", "--localiser_tokens 0"),
         ("--seed_rule both", "both"),
         ("--batch_size 7", "--batch_size 7"),
