@@ -274,8 +274,8 @@ def localize_prompt(model, tokenizer, questions, seeds, starts, cfg: Config, gen
         ids = common.encode(tokenizer, text + "\n")
         if tokenizer.chat_template:
             chat, form = [dict(role="user", content=text)], dict(add_generation_prompt=True)
-            around = tokenizer.apply_chat_template(chat, tokenize=False, **form).split(text, 1)
-            before, after = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in around)
+            around = tokenizer.apply_chat_template(chat, tokenize=False, **form).partition(text)
+            before, after = (tokenizer(x, add_special_tokens=False).input_ids for x in around[::2])
             ids = [*before, *common.encode(tokenizer, text), *after]
         room = common.answer_budget(model, ids, cfg.localiser_tokens)
         prompts.append(ids if room > 0 else ids[:1])
