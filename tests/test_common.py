@@ -22,6 +22,9 @@ from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHead
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
+import mpo
+import reset_po
+import spo
 from common import BadInput, Problem, Rollout, Sample
 
 # ----------------------------------------------------------------------------------- tiny models
@@ -85,8 +88,10 @@ def watch_rows(module, counts):
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def test_doctests_hold():
-    assert doctest.testmod(common).failed == 0
+@pytest.mark.parametrize("module", [common, spo, mpo, reset_po])
+def test_doctests_hold(module):
+    failed, attempted = doctest.testmod(module)
+    assert failed == 0 and attempted >= 2
 
 
 def test_tests_cannot_reach_the_network():
