@@ -166,6 +166,20 @@ def mpo_table() -> None:
         print(f"| {name} | {' | '.join(cells + [''] * (7 - len(cells)))} |")
 
 
+def mpo_stress_table() -> None:
+    """Far off-policy: 16 updates on each step's answers."""
+    rows = {name: flags for name, flags in MPO_ROWS.items() if "K = 2" not in name}
+    run_all(curve_jobs(rows, "mpo-stress", "--epochs 4 --steps 25"), "mpo")
+    print("| | accuracy | ratio var | block's | cut % | block's |\n|---|---|---|---|---|---|")
+    for i, name in enumerate(rows):
+        names = [f"mpo-stress-{i}-{seed}" for seed in SEEDS]
+        cells = [pm([summary(name)["accuracy_after"] for name in names], 3)]
+        for column in ("token_ratio_var", "block_ratio_var", "token_clip", "block_clip"):
+            mean = statistics.mean(over_run(name, column) for name in names)
+            cells.append(f"{mean:.4f}" if "var" in column else f"{100 * mean:.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def curve_table(rows: dict[str, str], prefix: str, columns: list[str]) -> None:
     """Held-out accuracy of each row's runs where a column of metrics.csv stood at its POINTS."""
     units = dict(step="updates", sampled_tokens="tokens", seconds="s")
@@ -249,6 +263,7 @@ if __name__ == "__main__":
     if "mpo" in chosen:
         other_default("`mpo.py`", "mpo", "mpo-default")
         mpo_table()
+        mpo_stress_table()
     if "reset" in chosen:
         other_default("`reset_po.py`", "reset_po", "reset-srpo")
         other_default("`reset_po.py --method rrpo`", "reset_po", "reset-rrpo", "--method rrpo")
