@@ -238,14 +238,16 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
 
 
 def show_answer(problems, rollouts, credit: Credit, last, cfg: Config, tokenizer, colour) -> str:
-    """One answer of the step with the ratios it was trained at: a failure with signal, if any.
+    """One answer of the step with the ratios it was last trained at: one with a cut, if there is
+    any, and a failure if there is a choice.
 
     Its tokens have the colour of its advantage, and none where the clip cut the gradient.
     """
     trained = [i for i, s in enumerate(credit.samples) if id(s) in last]
     if not trained:
         return "no answer carried a signal"
-    i = next((i for i in trained if not rollouts[i].reward), trained[0])
+    cut = {i: any(last[id(credit.samples[i])][1]) for i in trained}
+    i = max(trained, key=lambda i: (cut[i], not rollouts[i].reward))  # the first of equals
     title, notes = common.answer_notes(problems[i], rollouts[i], tokenizer)
     pieces = [tokenizer.decode([id]) for id in rollouts[i].ids]
     s = credit.samples[i]

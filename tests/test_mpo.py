@@ -664,6 +664,18 @@ def test_the_display_of_windows_marks_the_clipped_ones():
     assert "of 3 tokens" in lines[2]
 
 
+@pytest.mark.parametrize(
+    "cut, failed, i", [("0010", "0101", 2), ("0111", "0010", 2), ("0000", "0101", 1)]
+)
+def test_the_display_prefers_a_cut_answer_and_then_a_failure(tokenizer, cut, failed, i):
+    problems = [common.Problem(f"{k}+1", "", str(k)) for k in range(4)]
+    samples = [Sample([1], [2, 3], [1.0, 1.0]) for _ in range(4)]
+    rollouts = [common.Rollout([1], [2, 3], True, float(x == "0")) for x in failed]
+    last = {id(s): ([1.0, 1.0], [False, x == "1"]) for s, x in zip(samples, cut)}
+    shown_of = (problems, rollouts, mpo.Credit(samples, 0.0), last, mpo.Config(), tokenizer, False)
+    assert mpo.show_answer(*shown_of).startswith(f"{i}+1   answer {i}")
+
+
 def test_what_was_clipped_has_no_colour():
     cfg = mpo.Config(block_size=3, layout="block")
     clipped = [False] * 3 + [True] * 3 + [False] * 2
