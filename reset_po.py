@@ -23,7 +23,7 @@ Departures from the paper:
     trains LoRA. Sampling is at temperature 1 without top-p (0.7 and 0.95 in the paper).
  6. --clip_eps adds PPO's ratio and clip, which the paper's loss does without.
 
-    python reset_po.py                   TIME on two cores, held-out accuracy BEFORE -> AFTER
+    python reset_po.py                   @RTIME on two cores, held-out accuracy 0.21 -> 0.87
     python reset_po.py --method rrpo     random resets
     python reset_po.py --method grpo     no resets: groups of 2G
 """
@@ -101,8 +101,8 @@ class Config:
 
 
 TINY = dict(
-    terms=3, warm_start_steps=250, prompts=16, batch_size=128, steps=30, max_new_tokens=32,
-    eval_problems=200, eval_samples=2, show_every=10, save_every=20,
+    terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200, eval_samples=2,
+    show_every=25, save_every=25,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Reruns the tables of results in README.md. By hand, about TIME hours on two cores:
+"""Reruns the tables of results in README.md. By hand, about an hour and a half on two cores:
 
     python tests/results.py             everything: runs what is missing under runs/, then prints
     python tests/results.py default     the table of the default run, on all cores
@@ -269,4 +269,4 @@ if __name__ == "__main__":
         other_default("`reset_po.py --method rrpo`", "reset_po", "reset-rrpo", "--method rrpo")
         run_all(curve_jobs(RESET_ROWS, "resets", "--eval_every 10"), "reset_po")
         curve_table(RESET_ROWS, "resets", ["step", "sampled_tokens"])
-        localiser_table(problems=1000)
+        localiser_table(problems=2000)
