@@ -152,7 +152,8 @@ def mpo_table() -> None:
     scaled = [(f"mpo-{i}-{s}-scaled", f"--seed {s} {flags}") for i, flags in rows for s in SEEDS]
     jobs += [(name, f"{flags} --scale_eps True") for name, flags in scaled[len(SEEDS) :]]
     run_all(jobs, "mpo")
-    heads = "accuracy | ratio var | block's | cut % | block's | scaled eps: accuracy | block's cut %"
+    heads = "accuracy | ratio var | block's | cut % | block's"
+    heads += " | scaled eps: accuracy | block's cut %"
     print(f"| | {heads} |\n|---{'|---' * 7}|")
     for i, name in enumerate(MPO_ROWS):
         cells = []
@@ -169,14 +170,20 @@ def mpo_table() -> None:
 def mpo_stress_table() -> None:
     """Far off-policy: 16 updates on each step's answers."""
     rows = {name: flags for name, flags in MPO_ROWS.items() if "K = 2" not in name}
+    scaled = {name: flags for name, flags in rows.items() if "K = 1" not in name}
     run_all(curve_jobs(rows, "mpo-stress", "--epochs 4 --steps 25"), "mpo")
-    print("| | accuracy | ratio var | block's | cut % | block's |\n|---|---|---|---|---|---|")
+    more = "--epochs 4 --steps 25 --scale_eps True"
+    run_all(curve_jobs(scaled, "mpo-stress-scaled", more), "mpo")
+    heads = "accuracy | ratio var | block's | cut % | block's | scaled eps: accuracy"
+    print(f"| | {heads} |\n|---{'|---' * 6}|")
     for i, name in enumerate(rows):
         names = [f"mpo-stress-{i}-{seed}" for seed in SEEDS]
-        cells = [pm([summary(name)["accuracy_after"] for name in names], 3)]
+        cells = [pm([summary(name)["accuracy_after"] for name in names], 2)]
         for column in ("token_ratio_var", "block_ratio_var", "token_clip", "block_clip"):
             mean = statistics.mean(over_run(name, column) for name in names)
-            cells.append(f"{mean:.4f}" if "var" in column else f"{100 * mean:.2f}")
+            cells.append(f"{mean:.2f}" if "var" in column else f"{100 * mean:.1f}")
+        names = [f"mpo-stress-scaled-{i - 1}-{seed}" for seed in SEEDS]
+        cells.append(pm([summary(name)["accuracy_after"] for name in names], 2) if i else "")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
