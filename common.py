@@ -266,12 +266,6 @@ def first_wrong_token(ids: list[int], problem: Problem, tokenizer) -> int | None
     return first_difference(ids, solution_ids(tokenizer, problem)) if problem.checkable else None
 
 
-def first_wrong_step(text: str, problem: Problem) -> int | None:
-    """Index of the answer's first line that departs from the only right one; None as above."""
-    wrong = first_difference(text, problem.solution) if problem.checkable else None
-    return None if wrong is None else text.count("\n", 0, wrong)
-
-
 # ------------------------------------------------------------------------ policy and warm start
 
 

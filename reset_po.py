@@ -61,7 +61,7 @@ class Config:
     seeds: int = arg(1, "failed answers per problem to reset")
     seed_rule: Literal["keep", "paper"] = arg("keep", "paper: the seed leaves the base group")
     prompts: int = arg(32, "problems per step")
-    batch_size: int = arg(256, "rollouts per optimiser step; divides those of a step")
+    batch_size: int = arg(0, "rollouts per optimiser step; 0: all of a step, else divides them")
     epochs: int = arg(1, "passes over each step's rollouts")
     steps: int = arg(80, "rounds of sampling and training")
     lr: float = arg(1e-3, "AdamW's highest learning rate; from there it falls linearly to 0")
@@ -72,9 +72,10 @@ class Config:
     max_new_tokens: int = arg(80, "longest answer, in tokens")
 
     def __post_init__(self):
-        sizes = ("prompts", "batch_size", "epochs", "steps", "max_new_tokens", "localiser_tokens")
+        sizes = ("prompts", "epochs", "steps", "max_new_tokens", "localiser_tokens")
         common.require_range(self, 1, "max_steps", *sizes)
         common.require_range(self, 0, "warmup_updates", "clip_eps", "fresh", "resets", "seeds")
+        common.require_range(self, 0, "batch_size")
         common.require_range(self, 0, "threshold", "lr", "max_grad_norm", "temperature", open=True)
         if self.threshold > 1:
             raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
@@ -90,6 +91,7 @@ class Config:
             wrong = f"--fresh {self.fresh} --resets {self.resets} --seeds {self.seeds}"
             raise BadInput(f"{wrong}: a group needs 2 rollouts or more")
         rollouts = self.prompts * self.rollouts
+        self.batch_size = self.batch_size or rollouts
         if rollouts % self.batch_size:
             wrong = f"--batch_size {self.batch_size}"
             raise BadInput(f"{wrong}: must divide {rollouts} rollouts a step")

@@ -377,28 +377,26 @@ PROBLEM = Problem("31+4-7", "31+4=35\n35-7=28\n#### 28", "28", checkable=True)
 
 
 @pytest.mark.parametrize(
-    "text, end, token, step",
+    "text, end, token",
     [
-        ("31+4=35\n35-7=28\n#### 28", True, None, None),
-        ("31+4=35\n35-7=28\n#### 28", False, None, None),  # cut before its end: nothing is wrong
-        ("31+4=35\n35-", False, None, None),
-        ("31+4=36\n36-7=29\n#### 29", True, 6, 0),
-        ("31+4=35\n35-7=29\n#### 29", True, 14, 1),
-        ("31+4=35\n35-7=28\n#### 29", True, 22, 2),
-        ("31+4=35\n35-7=28\n#### 281", True, 23, 2),
-        ("31+4=35", True, 7, None),  # stopped too early: only the end token can be blamed
-        ("31+4=3\n3-7", False, 6, 0),  # the line break itself departs: its own line is wrong
-        ("x", True, 0, 0),
+        ("31+4=35\n35-7=28\n#### 28", True, None),
+        ("31+4=35\n35-7=28\n#### 28", False, None),  # cut before its end: nothing is wrong
+        ("31+4=35\n35-", False, None),
+        ("31+4=36\n36-7=29\n#### 29", True, 6),
+        ("31+4=35\n35-7=29\n#### 29", True, 14),
+        ("31+4=35\n35-7=28\n#### 29", True, 22),
+        ("31+4=35\n35-7=28\n#### 281", True, 23),
+        ("31+4=35", True, 7),  # stopped too early: only the end token can be blamed
+        ("31+4=3\n3-7", False, 6),  # the line break itself departs: its own line is wrong
+        ("x", True, 0),
     ],
 )
-def test_first_wrong_token_and_step_by_hand(text, end, token, step):
+def test_first_wrong_token_by_hand(text, end, token):
     tokenizer = common.build_tokenizer()
     ids = common.encode(tokenizer, text) + [tokenizer.eos_token_id] * end
     assert common.first_wrong_token(ids, PROBLEM, tokenizer) == token
-    assert common.first_wrong_step(text, PROBLEM) == step
     uncheckable = PROBLEM._replace(checkable=False)
     assert common.first_wrong_token(ids, uncheckable, tokenizer) is None
-    assert common.first_wrong_step(text, uncheckable) is None
 
 
 # --------------------------------------------------------------------------------- problem files

@@ -933,6 +933,8 @@ def test_methods_are_settings_of_the_split_and_the_localiser():
     ):  # fmt: skip
         assert (grpo.fresh, grpo.resets, grpo.seeds, grpo.rollouts) == (8, 0, 0, 8)
     assert reset_po.Config(fresh=0, resets=4, seeds=2).rollouts == 8
+    assert reset_po.Config(prompts=3, fresh=3).batch_size == 3 * (3 + 4)  # one update a step
+    assert reset_po.Config(batch_size=64).batch_size == 64
 
 
 def test_a_config_that_cannot_work_is_refused():
@@ -940,7 +942,8 @@ def test_a_config_that_cannot_work_is_refused():
         dict(fresh=1), dict(resets=1), dict(fresh=0, resets=0), dict(fresh=-1), dict(seeds=-1),
         dict(resets=-1), dict(method="rrpo", localiser="oracle"), dict(threshold=1.5),
         dict(method="grpo", localiser="surprise"), dict(threshold=0.0), dict(max_steps=0),
-        dict(batch_size=7), dict(clip_eps=-0.1), dict(clip_eps=math.nan), dict(lr=0.0),
+        dict(batch_size=7), dict(batch_size=-1), dict(clip_eps=-0.1), dict(clip_eps=math.nan),
+        dict(lr=0.0),
         dict(localiser_tokens=0), dict(delimiter=""), dict(temperature=0.0), dict(epochs=0),
         dict(warmup_updates=-1),
     ):  # fmt: skip
