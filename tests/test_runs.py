@@ -731,6 +731,25 @@ def test_the_other_scripts_leave_the_same_files(other):
     assert weights(folder) != weights(start)
 
 
+def test_the_other_scripts_learning_rate_falls_to_zero_at_the_very_end(other):
+    script, cwd, _ = other
+    rates = [float(row["lr"]) for row in metrics(cwd / "runs" / script)]
+    # 20 updates, four a step: up to 1e-3 over the first ten, then down.
+    assert rates == pytest.approx([4e-4, 8e-4, 8e-4, 4e-4, 0])
+
+
+def test_the_counts_of_resets_are_those_of_all_steps(other):
+    script, cwd, _ = other
+    if script == "reset_po":
+        rows, facts = metrics(cwd / "runs" / script), summary(cwd / "runs" / script)
+        for kind in ("base", "seed", "localiser", "reset"):
+            assert facts[f"{kind}_tokens"] == sum(int(row[f"{kind}_tokens"]) for row in rows)
+        assert facts["reset_groups"] == sum(8 * float(row["resets"]) for row in rows)
+        assert facts["base_groups"] == 8 * 5
+        for row in rows:  # of two answers to each of eight problems
+            assert float(row["accuracy"]) * 16 == int(float(row["accuracy"]) * 16)
+
+
 def test_another_scripts_eval_only_repeats_the_final_evaluation(other, run):
     script, cwd, out = other
     before = listing(cwd)
