@@ -409,12 +409,16 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
     return {key: sums[key] / over[key] for key in sums}
 
 
+def has_signal(group: list[Sample]) -> bool:
+    return any(any(s.advantages) for s in group)
+
+
 def show_answer(credit: Credit, tokenizer, colour: bool) -> str:
     """A reset of the step, the first with signal if any has: the failed attempt with the named step
     and the truth, and the continuations, coloured by their advantages."""
     if not credit.resets:
         return "no failure was reset"
-    signal = [any(any(s.advantages) for s in group) for group in credit.reset]
+    signal = [has_signal(group) for group in credit.reset]
     i = signal.index(True) if any(signal) else 0
     reset, samples = credit.resets[i], credit.reset[i]
     seed, back_to = reset.seed, reset.starts[reset.named - 1]
@@ -447,8 +451,7 @@ def step_counts(credit: Credit) -> dict:
     counts = locate_counts(credit.resets)
     for kind, groups in (("base", credit.base), ("reset", credit.reset)):
         counts[f"{kind}_groups"] = len(groups)
-        silent = [not any(any(s.advantages) for s in group) for group in groups]
-        counts[f"no_signal_{kind}"] = sum(silent)
+        counts[f"no_signal_{kind}"] = sum(not has_signal(group) for group in groups)
     return counts | {f"{kind}_tokens": count for kind, count in credit.tokens.items()}
 
 
@@ -522,6 +525,7 @@ def main() -> None:
     if cfg.seeds:
         print(f"localiser: {pick_localiser(cfg, tokenizer)}")
     print(f"before: {common.describe(progress['before'])}")
+    first = plan_groups([], cfg).more  # as many answers as every problem gets
     ctrl_c, done = common.CtrlC(), progress["step"]
     for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
         # 1. Draw answers until each problem has its base group, and its failed seeds if it can.
@@ -549,7 +553,6 @@ def main() -> None:
         progress["step"] = step + 1
         progress["sampled_tokens"] += sum(credit.tokens.values())
         progress["seconds"] += time.time() - began
-        first = plan_groups([], cfg).more  # as many answers as every problem gets
         rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
         accuracy = sum(rewards) / len(rewards)
         continued = [r.reward for reset in credit.resets for r in reset.group]

@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import common  # noqa: E402
+from tiny_policy import make_policy  # noqa: E402
+
 torch.set_num_threads(1)  # the models here are too small to share out
 
 
@@ -28,3 +31,14 @@ def no_network():
 
             patch.setattr(socket.socket, name, local_only)
         yield
+
+
+@pytest.fixture
+def model():
+    """The policy small enough to enumerate."""
+    return make_policy()
+
+
+@pytest.fixture
+def tokenizer():
+    return common.build_tokenizer()

@@ -10,21 +10,11 @@ import common
 import mpo
 from common import BadInput, Sample
 from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs, exact_values, fake_rewards
-from tiny_policy import flat_grad, log_prob, make_policy, reward_of, rollouts_of, true_gradient
+from tiny_policy import flat_grad, log_prob, reward_of, rollouts_of, true_gradient
 
 torch.set_num_threads(1)
 
 WEIGHTS = ("joint", "uniform", 0.0, 0.2, 0.75)
-
-
-@pytest.fixture
-def model():
-    return make_policy()
-
-
-@pytest.fixture
-def tokenizer():
-    return common.build_tokenizer()
 
 
 def slow_weights(block_size: int, weights, size: int) -> list[float]:

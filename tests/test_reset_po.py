@@ -15,19 +15,9 @@ import common
 import reset_po
 from common import BadInput, Problem, Rollout, Sample
 from tiny_policy import END, HORIZON, PROMPT, all_answers, exact_values, fake_rewards, flat_grad
-from tiny_policy import log_prob, make_policy, reward_of
+from tiny_policy import log_prob, reward_of
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def model():
-    return make_policy()
-
-
-@pytest.fixture
-def tokenizer():
-    return common.build_tokenizer()
 
 
 # --------------------------------------------------------------------------------------- groups

@@ -780,8 +780,6 @@ def broken(*args):
     global steps
     steps += 1
     if steps == 3:
-        for p in args[0].parameters():
-            p.register_hook(lambda gradient: gradient * float("nan"))
         common.optimizer_step = lambda *a: optimizer_step(*a[:3], float("nan"), *a[4:])
     return update(*args)
 {script}.update = broken

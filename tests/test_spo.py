@@ -11,13 +11,9 @@ import common
 import spo
 from common import BadInput, Rollout, Sample
 from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs, exact_values, fake_rewards
-from tiny_policy import flat_grad, log_prob, make_policy, reward_of, rollouts_of, true_gradient
+from tiny_policy import flat_grad, log_prob, reward_of, rollouts_of, true_gradient
 
 torch.set_num_threads(1)
-
-@pytest.fixture
-def model():
-    return make_policy()
 
 
 def expected_gradient(model, partition, mask_below: float | None = None):
