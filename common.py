@@ -8,6 +8,7 @@ collate() -> token_logprobs() -> loss (in the scripts). Everything is cut on tok
 mask comes from lengths.
 """
 
+import copy
 import csv
 import glob
 import hashlib
@@ -21,9 +22,11 @@ import signal
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Iterator, Literal, NamedTuple
 
@@ -52,6 +55,8 @@ class BadInput(Exception):
 
 def arg(default, help: str):
     """A dataclass field that the command line documents."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -264,6 +269,96 @@ def first_wrong_token(ids: list[int], problem: Problem, tokenizer) -> int | None
     """Index of the first answer token that departs from the only right answer; None if none does,
     or if the problem does not let its steps be judged."""
     return first_difference(ids, solution_ids(tokenizer, problem)) if problem.checkable else None
+
+
+def fact_results(ids: list[int], facts, tokenizer) -> set[int]:
+    """Tokens of an answer to the built-in task in which the result of one of `facts` is stated."""
+    pieces = [tokenizer.decode([id]) for id in ids]
+    lines = re.finditer(r"^(\d+)([+-]\d)=(\d+)", "".join(pieces), re.MULTILINE | re.ASCII)
+    spans = [m.span(3) for m in lines if (int(m[1][-1]), int(m[2])) in facts]
+    begins = [0, *accumulate(map(len, pieces))]
+    return {t for t in range(len(ids)) if any(a <= begins[t] < b for a, b in spans)}
+
+
+def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()) -> list[int]:
+    """Index of each step's first token. A step ends after `delimiter`; blank ones do not count.
+
+    A step begins with the token that holds its first character, even if the delimiter before it
+    is in the same token, which byte-level BPE may do: a reset must not keep a part of the step.
+    The first step begins at 0; the last one holds whatever is beyond max_steps. A last id that is
+    special or one of `stops` ended the answer, and is no step.
+    """
+    if ids and ids[-1] in {*tokenizer.all_special_ids, *stops}:
+        ids = ids[:-1]
+
+    def text(count: int) -> str:  # without a character of which only some bytes are there yet
+        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+    begins, at = [], 0  # characters
+    for piece in text(len(ids)).split(delimiter):
+        if piece.strip():
+            begins.append(at)
+        at += len(piece) + len(delimiter)
+    lengths = [len(text(t)) for t in range(len(ids) + 1)]
+    starts = {0}
+    for c in begins[1:]:
+        t = next(t for t, length in enumerate(lengths) if length >= c)
+        starts.add(t if lengths[t] == c else t - 1)  # t - 1: that token holds both sides of c
+    return sorted(starts)[:max_steps]
+
+
+def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[bool, float]:
+    """Does the most negative segment hold token `wrong`? And by chance: its share of the tokens.
+
+    No negative segment is a miss with chance 0. Of equally negative ones the first counts.
+    """
+    negative = [start for start in starts if advantages[start] < 0]
+    if not negative:
+        return False, 0.0
+    start = min(negative, key=lambda start: advantages[start])
+    end = min([later for later in starts if later > start], default=len(advantages))
+    return start <= wrong < end, (end - start) / len(advantages)
+
+
+def count_hit(counts: dict, problem: Problem, rollout, starts, advantages, tokenizer) -> None:
+    """Add a rollout to the counts of `credit_hit`, if it failed and the task knows where."""
+    wrong = first_wrong_token(rollout.ids, problem, tokenizer)
+    if not rollout.reward and wrong is not None:
+        hit, chance = credit_hit(starts, advantages, wrong)
+        for key, value in dict(failures=1, hits=int(hit), chance=chance).items():
+            counts[key] += value
+
+
+def hit_rates(counts: dict) -> tuple[dict, str]:
+    """What `count_hit` has counted, for summary.json and in words."""
+    if not (failures := counts["failures"]):
+        return {}, ""
+    hit, chance = counts["hits"] / failures, counts["chance"] / failures
+    remark = (
+        f"credit: the most negative segment held the first wrong token in {hit:.0%} of "
+        f"{failures:,} failures (by chance {chance:.0%})\n"
+    )
+    return dict(failures=failures, credit_hit=hit, credit_chance=chance), remark
+
+
+def places_of(rows: list[tuple[list[int], list[int]]], facts, tokenizer) -> str:
+    """What the marked tokens of answers fall on, beside what all tokens do, in words.
+
+    rows: (an answer's ids, the indices marked). facts: `wrong_facts`, or None on other tasks.
+    """
+    counts, kinds = Counter(), ["begin a step", "state what the warm start has learned wrong"]
+    for ids, marked in rows:
+        steps = {*step_starts(ids, tokenizer, "\n", len(ids))}
+        results = fact_results(ids, facts or (), tokenizer)
+        counts.update(marked=len(marked), all=len(ids))
+        for kind, places in zip(kinds, (steps, results)):
+            counts.update({("marked", kind): len(places & {*marked}), ("all", kind): len(places)})
+    shares = [
+        f"{counts['marked', kind] / max(counts['marked'], 1):.0%} {kind} "
+        f"(of all tokens {counts['all', kind] / counts['all']:.0%})"
+        for kind in (kinds[:1] if facts is None else kinds)
+    ]
+    return ", ".join(shares)
 
 
 # ------------------------------------------------------------------------ policy and warm start
@@ -643,6 +738,17 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | T
     return objective, clipped * advantages < ratio * advantages
 
 
+def k3(log_ratio: Tensor) -> Tensor:
+    """Estimate of KL(p || q) from each token sampled from p, with log_ratio = log q - log p; never
+    negative (J. Schulman, "Approximating KL Divergence", 2020).
+
+    As a penalty on p = pi its value is unbiased on fresh samples, but its gradient is, in
+    expectation, that of KL(q || pi): the samples do not move with pi.
+    """
+    log_ratio = log_ratio.clamp(-10, 10)
+    return log_ratio.exp() - 1 - log_ratio
+
+
 # ----------------------------------------------------------------- optimisation and checkpoints
 
 
@@ -770,14 +876,18 @@ def response_reward(ids: list[int], finished: bool, answer: str, tokenizer) -> f
     return reward(tokenizer.decode(ids, skip_special_tokens=True), answer) if finished else 0.0
 
 
-def complete(model, tokenizer, states, n: int, max_new_tokens: int, **options) -> list[Rollout]:
+def complete(
+    model, tokenizer, states, n: int, max_new_tokens: int, limit: int | None = None, **options
+) -> list[Rollout]:
     """`n` rewarded completions of each state, state-major.
 
     A state is (prompt ids, answer ids so far, true answer); its rollouts' `prompt` holds the first
-    two. Budget and reward are those of the whole answer. options: `sample`'s.
+    two. Budget and reward are those of the whole answer, and one cut by `limit`, the most tokens
+    a completion may add to its state, is as wrong as any that is cut. options: `sample`'s.
     """
     prefixes = [[*prompt, *done] for prompt, done, _ in states]
     rooms = [answer_budget(model, prompt, max_new_tokens) - len(done) for prompt, done, _ in states]
+    rooms = [min(room, limit or room) for room in rooms]
     stops = eos_ids(model, tokenizer)
     rollouts = sample(model, prefixes, n, max_new_tokens=rooms, eos=stops, **options)
     for i, r in enumerate(rollouts):
@@ -874,6 +984,14 @@ def run_folder(cfg, run: RunConfig) -> Path:
     return folder
 
 
+def reference_policy(run: RunConfig, train: list[Problem], model):
+    """The policy that the run began with, to stay as it is; `model` is what it has become."""
+    if not run.resume:
+        return copy.deepcopy(model).requires_grad_(False)
+    source = run.model or warm_start(run, train, model.device, model.compute_dtype)
+    return load_policy(source, model.device, model.compute_dtype)[0].requires_grad_(False)
+
+
 def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, dtype):
     """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start. Raises
     BadInput for a prompt that leaves no room in the model's window."""
@@ -890,11 +1008,91 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
     return model, tokenizer
 
 
+def set_up(config_class, script: str, description: str, tiny: dict, headline):
+    """What every script begins with: (cfg, run, folder, train, model, tokenizer, evaluate).
+
+    headline(cfg, train): what the run will do, in words. train: its problems. evaluate(): held-out
+    accuracy of the model as it then is. --eval_only ends here. Raises BadInput for what cannot
+    work, before anything is written.
+    """
+    cfg, run = parse_args(config_class, script, description, tiny)
+    device, dtype = pick_device(run)
+    folder = run_folder(cfg, run)
+    train = load_problems(run.data, "train", None, run.seed, run.terms)
+    test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+    title = (
+        f"{headline(cfg, train)}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
+        f"on {device} in {str(dtype)[6:]}; files in {folder}/"
+    )
+    if not run.eval_only:
+        print(title)
+    model, tokenizer = open_policy(run, folder, train, test, device, dtype)
+
+    def held_out() -> dict:
+        size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
+        return evaluate(model, tokenizer, test, *size, temperature, run.seed)
+
+    if run.eval_only:
+        print(f"{len(test)} held-out problems: {describe(held_out())}")
+        raise SystemExit
+    return cfg, run, folder, train, model, tokenizer, held_out
+
+
 def start_run(folder: Path, cfg, run: RunConfig, *checkpoint) -> None:
     """Make the run's folder, with its first checkpoint in it. It appears whole or not at all."""
     with new_folder(folder) as tmp:
         (tmp / "config.json").write_text(json.dumps(configuration(cfg, run), indent=2) + "\n")
         save_checkpoint(tmp, *checkpoint)
+
+
+def begin(folder: Path, cfg, run: RunConfig, trainer: tuple, evaluate, **counts) -> dict:
+    """The run's progress: where it stopped, or at its start, with `counts` in it and all saved.
+
+    trainer: (model, tokenizer, optimizer, schedule, generator), what a checkpoint holds.
+    """
+    if run.resume:
+        progress = resume(folder, *trainer[2:])
+    else:
+        progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=evaluate(), **counts)
+        start_run(folder, cfg, run, *trainer, progress)
+    print(f"before: {describe(progress['before'])}")
+    return progress
+
+
+def training_steps(folder: Path, run: RunConfig, steps: int, trainer: tuple, progress: dict):
+    """Iterates over (step, progress bar) of the steps still to do; after each, saves if it is time
+    to. Ctrl-C ends the run after the step it comes in."""
+    ctrl_c, done = CtrlC(), progress["step"]
+    for step in (bar := tqdm(range(done, steps), "training", steps, initial=done)):
+        yield step, bar
+        progress["step"], last = step + 1, step + 1 == steps
+        if (step + 1) % run.save_every == 0 or last or ctrl_c.pressed:
+            save_checkpoint(folder, *trainer, progress)
+        if ctrl_c.pressed and not last:
+            bar.close()
+            print(f"saved after step {step + 1} in {folder}/; --resume continues")
+            raise SystemExit
+
+
+@contextmanager
+def saved_if_not_finite(folder: Path, step: int, trainer: tuple, progress: dict) -> Iterator[None]:
+    """A loss or gradient that is not finite stops the run; its state goes beside the checkpoint."""
+    try:
+        yield
+    except FloatingPointError as error:
+        save_checkpoint(folder, *trainer, progress, "failed")
+        stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
+        raise SystemExit(f"\n{stopped}") from None
+
+
+def log_step(folder: Path, run: RunConfig, step: int, bar, schedule, progress, evaluate, **row):
+    """Add a step's row to metrics.csv, evaluating if it is time to."""
+    evaluated = run.eval_every and (step + 1) % run.eval_every == 0
+    so_far = dict(sampled_tokens=progress["sampled_tokens"], seconds=round(progress["seconds"], 2))
+    held_out = dict(held_out=evaluate()["accuracy"] if evaluated else "")
+    lr = dict(lr=schedule.get_last_lr()[0])
+    append_metrics(folder, dict(step=step + 1) | row | lr | so_far | held_out)
+    bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", refresh=False)
 
 
 def finish_run(folder: Path, progress: dict, after: dict, facts: dict = {}, remark="") -> None:
@@ -967,6 +1165,17 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
 
 
+def problem_title(problem: Problem) -> str:
+    question = printable(problem.question.replace("\n", " "))[:80]
+    return f"{question}   answer {problem.answer}"
+
+
+def fit(text: str, indent: int) -> str:
+    """`text` without control characters, cut to what the terminal's width leaves after `indent`."""
+    room = max(1, shutil.get_terminal_size((100, 24)).columns - indent)
+    return printable(text) if len(text) <= room else printable(text[: room - 1]) + "…"
+
+
 def answer_notes(problem: Problem, rollout: Rollout, tokenizer) -> tuple[str, dict[int, str]]:
     """What to show with an answer: its title, and a remark on its first wrong token, if known."""
     notes, wrong = {}, first_wrong_token(rollout.ids, problem, tokenizer)
@@ -974,8 +1183,7 @@ def answer_notes(problem: Problem, rollout: Rollout, tokenizer) -> tuple[str, di
         line = tokenizer.decode(rollout.ids[:wrong]).count("\n")
         right = problem.solution.split("\n")[line:][:1] or ["nothing more"]
         notes[wrong] = f"<- first wrong step; right: {right[0]}"
-    question = printable(problem.question.replace("\n", " "))[:80]
-    return f"{question}   answer {problem.answer}, reward {rollout.reward:.0f}", notes
+    return f"{problem_title(problem)}, reward {rollout.reward:.0f}", notes
 
 
 def credit_lines(pieces, credits, labels, notes, colour: bool) -> list[str]:

@@ -39,7 +39,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 import common
@@ -262,47 +261,31 @@ def show_answer(problems, rollouts, credit: Credit, last, cfg: Config, tokenizer
     return "\n".join([f"{title}, advantage {s.advantages[0]:+.2f}", *lines, f"  {what}"])
 
 
+def updates_of(cfg: Config) -> int:
+    """Optimiser updates per step."""
+    return cfg.epochs * cfg.prompts * cfg.group_size // cfg.batch_size
+
+
+def headline(cfg: Config, train: list) -> str:
+    matters = "from the second on, ratios leave 1 and K matters"
+    return (
+        f"MPO: {cfg.steps} steps of {cfg.prompts} problems x {cfg.group_size} answers, "
+        f"K = {cfg.block_size}, layout {cfg.layout}, weights {cfg.weights}\n"
+        f"updates per step: {updates_of(cfg)}; "
+        f"{matters if updates_of(cfg) > 1 else 'all ratios are 1, and no clip acts'}"
+    )
+
+
 def main() -> None:
-    cfg, run = common.parse_args(Config, "mpo", __doc__, TINY)
-    device, dtype = common.pick_device(run)
-    folder = common.run_folder(cfg, run)
-    train = common.load_problems(run.data, "train", None, run.seed, run.terms)
-    test = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
-    updates = cfg.epochs * cfg.prompts * cfg.group_size // cfg.batch_size  # a step
-    if not run.eval_only:
-        matters = "from the second on, ratios leave 1 and K matters"
-        print(
-            f"MPO on {run.data} ({len(train):,} problems, {len(test):,} held out): "
-            f"{cfg.steps} steps of {cfg.prompts} problems x {cfg.group_size} answers,\n"
-            f"K = {cfg.block_size}, layout {cfg.layout}, weights {cfg.weights}, on {device} in "
-            f"{str(dtype)[6:]}, to {folder}/\n"
-            f"updates per step: {updates}; "
-            f"{matters if updates > 1 else 'all ratios are 1, and no clip acts'}"
-        )
-    model, tokenizer = common.open_policy(run, folder, train, test, device, dtype)
-
-    def evaluate() -> dict:
-        size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
-        return common.evaluate(model, tokenizer, test, *size, temperature, run.seed)
-
-    if run.eval_only:
-        print(f"{len(test)} held-out problems: {common.describe(evaluate())}")
-        return
-
+    begun = common.set_up(Config, "mpo", __doc__, TINY, headline)
+    cfg, run, folder, train, model, tokenizer, evaluate = begun
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    warmup, total = cfg.warmup_updates, cfg.steps * updates
+    warmup, total = cfg.warmup_updates, cfg.steps * updates_of(cfg)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
-    generator = torch.Generator(device).manual_seed(run.seed)
+    generator = torch.Generator(model.device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
-    if run.resume:
-        progress = common.resume(folder, optimizer, schedule, generator)
-    else:
-        progress = dict(step=0, sampled_tokens=0, seconds=0.0)
-        progress["before"] = evaluate()
-        common.start_run(folder, cfg, run, *trainer, progress)
-    print(f"before: {common.describe(progress['before'])}")
-    ctrl_c, done = common.CtrlC(), progress["step"]
-    for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
+    progress = common.begin(folder, cfg, run, trainer, evaluate)
+    for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
         # 1. Sample G answers to each problem, and reward them.
         began = time.time()
         problems = common.batch_at(train, step, cfg.prompts, run.seed)
@@ -318,41 +301,23 @@ def main() -> None:
 
         # 3. Train on them, a block of tokens being one action.
         trainee, seed = (model, optimizer, schedule), f"{run.seed}-{step}"
-        try:
+        with common.saved_if_not_finite(folder, step, trainer, progress):
             metrics, last = update(*trainee, credit.samples, cfg, seed)
-        except FloatingPointError as error:
-            common.save_checkpoint(folder, *trainer, progress, "failed")
-            stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
-            raise SystemExit(f"\n{stopped}") from None
 
-        progress["step"] = step + 1
         progress["sampled_tokens"] += sum(len(r.ids) for r in rollouts)
         progress["seconds"] += time.time() - began
         count = len(rollouts)
-        accuracy = sum(r.reward for r in rollouts) / count
-        evaluated = run.eval_every and (step + 1) % run.eval_every == 0
-        common.append_metrics(folder, dict(
-            step=step + 1,
-            accuracy=accuracy,
+        common.log_step(
+            folder, run, step, bar, schedule, progress, evaluate,
+            accuracy=sum(r.reward for r in rollouts) / count,
             **metrics,
             entropy=credit.entropy,
             no_signal=sum(not any(s.advantages) for s in credit.samples) / count,
             length=sum(len(r.ids) for r in rollouts) / count,
-            lr=schedule.get_last_lr()[0],
-            sampled_tokens=progress["sampled_tokens"],
-            seconds=round(progress["seconds"], 2),
-            held_out=evaluate()["accuracy"] if evaluated else "",
-        ))  # fmt: skip
-        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+        )  # fmt: skip
         if run.show_every and (step + 1) % run.show_every == 0:
             shown = (problems, rollouts, credit, last, cfg, tokenizer)
             common.show(folder, lambda colour: f"step {step + 1}: {show_answer(*shown, colour)}")
-        if (step + 1) % run.save_every == 0 or step + 1 == cfg.steps or ctrl_c.pressed:
-            common.save_checkpoint(folder, *trainer, progress)
-        if ctrl_c.pressed and step + 1 < cfg.steps:
-            bar.close()
-            print(f"saved after step {step + 1} in {folder}/; --resume continues")
-            return
     common.finish_run(folder, progress, evaluate())
 
 

@@ -37,11 +37,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 import common
-from common import BadInput, Batch, Problem, Rollout, Sample, arg
+from common import BadInput, Batch, Problem, Rollout, Sample, arg, step_starts
 
 TRIES = 12  # answers among which the paper looks for a failure
 
@@ -138,33 +137,6 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     if missing and drawn < limit:
         return Plan(min(limit - drawn, max(missing, cfg.fresh + cfg.seeds - drawn)), seeds, others)
     return Plan(max(0, size - len(others)), seeds, others[:size])
-
-
-def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()) -> list[int]:
-    """Index of each step's first token. A step ends after `delimiter`; blank ones do not count.
-
-    A step begins with the token that holds its first character, even if the delimiter before it
-    is in the same token, which byte-level BPE may do: a reset must not keep a part of the step.
-    The first step begins at 0; the last one holds whatever is beyond max_steps. A last id that is
-    special or one of `stops` ended the answer, and is no step.
-    """
-    if ids and ids[-1] in {*tokenizer.all_special_ids, *stops}:
-        ids = ids[:-1]
-
-    def text(count: int) -> str:  # without a character of which only some bytes are there yet
-        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-
-    begins, at = [], 0  # characters
-    for piece in text(len(ids)).split(delimiter):
-        if piece.strip():
-            begins.append(at)
-        at += len(piece) + len(delimiter)
-    lengths = [len(text(t)) for t in range(len(ids) + 1)]
-    starts = {0}
-    for c in begins[1:]:
-        t = next(t for t, length in enumerate(lengths) if length >= c)
-        starts.add(t if lengths[t] == c else t - 1)  # t - 1: that token holds both sides of c
-    return sorted(starts)[:max_steps]
 
 
 def localize_random(starts: list[int], generator: torch.Generator) -> int:
@@ -484,50 +456,30 @@ def describe_counts(counts: dict, localiser: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    cfg, run = common.parse_args(Config, "reset_po", __doc__, TINY)
-    device, dtype = common.pick_device(run)
-    folder = common.run_folder(cfg, run)
-    train = common.load_problems(run.data, "train", None, run.seed, run.terms)
-    test = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+def headline(cfg: Config, train: list[Problem]) -> str:
     if cfg.localiser == "oracle" and not train[0].checkable:
-        raise BadInput(f"--localiser oracle: the steps of --data {run.data} cannot be judged")
-    if not run.eval_only:
-        resets = f" and {cfg.seeds} x {cfg.resets} continuations of a failed one"
-        print(
-            f"{cfg.method.upper() if cfg.seeds else 'GRPO'} on {run.data} ({len(train):,} problems,"
-            f" {len(test):,} held out): {cfg.steps} steps of {cfg.prompts} problems,\neach with "
-            f"{cfg.fresh} answers{resets if cfg.seeds else ''}, on {device} in {str(dtype)[6:]}, "
-            f"to {folder}/"
-        )
-    model, tokenizer = common.open_policy(run, folder, train, test, device, dtype)
+        raise BadInput("--localiser oracle: the steps of these problems cannot be judged")
+    resets = f" and {cfg.seeds} x {cfg.resets} continuations of a failed one"
+    return (
+        f"{cfg.method.upper() if cfg.seeds else 'GRPO'}: {cfg.steps} steps of {cfg.prompts} "
+        f"problems, each with {cfg.fresh} answers{resets if cfg.seeds else ''}"
+    )
 
-    def evaluate() -> dict:
-        size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
-        return common.evaluate(model, tokenizer, test, *size, temperature, run.seed)
 
-    if run.eval_only:
-        print(f"{len(test)} held-out problems: {common.describe(evaluate())}")
-        return
-
+def main() -> None:
+    begun = common.set_up(Config, "reset_po", __doc__, TINY, headline)
+    cfg, run, folder, train, model, tokenizer, evaluate = begun
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a step
     warmup, total = cfg.warmup_updates, cfg.steps * updates
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
-    generator = torch.Generator(device).manual_seed(run.seed)
+    generator = torch.Generator(model.device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
-    if run.resume:
-        progress = common.resume(folder, optimizer, schedule, generator)
-    else:
-        progress = dict(step=0, sampled_tokens=0, seconds=0.0, counts={})
-        progress["before"] = evaluate()
-        common.start_run(folder, cfg, run, *trainer, progress)
     if cfg.seeds:
         print(f"localiser: {pick_localiser(cfg, tokenizer)}")
-    print(f"before: {common.describe(progress['before'])}")
+    progress = common.begin(folder, cfg, run, trainer, evaluate, counts={})
     first = plan_groups([], cfg).more  # as many answers as every problem gets
-    ctrl_c, done = common.CtrlC(), progress["step"]
-    for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
+    for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
         # 1. Draw answers until each problem has its base group, and its failed seeds if it can.
         began = time.time()
         problems = common.batch_at(train, step, cfg.prompts, run.seed)
@@ -540,26 +492,19 @@ def main() -> None:
 
         # 3. Train on the answers of the base groups and on the suffixes of the reset groups.
         trainee, seed = (model, optimizer, schedule), f"{run.seed}-{step}"
-        try:
+        with common.saved_if_not_finite(folder, step, trainer, progress):
             metrics = update(*trainee, samples, cfg, seed)
-        except FloatingPointError as error:
-            common.save_checkpoint(folder, *trainer, progress, "failed")
-            stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
-            raise SystemExit(f"\n{stopped}") from None
 
         counts, totals = step_counts(credit), progress["counts"]
         for key, count in counts.items():
             totals[key] = totals.get(key, 0) + count
-        progress["step"] = step + 1
         progress["sampled_tokens"] += sum(credit.tokens.values())
         progress["seconds"] += time.time() - began
         rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
-        accuracy = sum(rewards) / len(rewards)
         continued = [r.reward for reset in credit.resets for r in reset.group]
-        evaluated = run.eval_every and (step + 1) % run.eval_every == 0
-        common.append_metrics(folder, dict(
-            step=step + 1,
-            accuracy=accuracy,
+        common.log_step(
+            folder, run, step, bar, schedule, progress, evaluate,
+            accuracy=sum(rewards) / len(rewards),
             reset_accuracy=sum(continued) / len(continued) if continued else "",
             **metrics,
             entropy=credit.entropy,
@@ -567,21 +512,10 @@ def main() -> None:
             **rates(counts),
             **{key: count for key, count in counts.items() if key.endswith("_tokens")},
             length=sum(len(s.ids) for s in samples) / len(samples),
-            lr=schedule.get_last_lr()[0],
-            sampled_tokens=progress["sampled_tokens"],
-            seconds=round(progress["seconds"], 2),
-            held_out=evaluate()["accuracy"] if evaluated else "",
-        ))  # fmt: skip
-        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+        )  # fmt: skip
         if run.show_every and (step + 1) % run.show_every == 0:
             answer = (credit, tokenizer)
             common.show(folder, lambda colour: f"step {step + 1}: {show_answer(*answer, colour)}")
-        if (step + 1) % run.save_every == 0 or step + 1 == cfg.steps or ctrl_c.pressed:
-            common.save_checkpoint(folder, *trainer, progress)
-        if ctrl_c.pressed and step + 1 < cfg.steps:
-            bar.close()
-            print(f"saved after step {step + 1} in {folder}/; --resume continues")
-            return
     totals = progress["counts"]
     facts = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
     remark = describe_counts(totals, pick_localiser(cfg, tokenizer))

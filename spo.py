@@ -1,4 +1,4 @@
-"""SPO-chain: Segment Policy Optimization (Guo et al., arXiv 2505.23564 v2), in one file.
+"""SPO: Segment Policy Optimization (Guo et al., arXiv 2505.23564 v2), chain and tree, in one file.
 
 GRPO gives all tokens of an answer one advantage; PPO trains a critic to give each its own. SPO
 stands between: cut the answer into segments, estimate the value V of each cut by Monte Carlo, and
@@ -6,74 +6,97 @@ credit a segment with the value it added (Eq. 2):
 
     A_k = V(state at the end of segment k) - V(state at its start),    V(end of answer) = reward
 
-    L = -1/Z sum_t M_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t),   r_t = pi(y_t) / pi_old(y_t)
+    chain: answers are cut before unlikely tokens; V(cut) = mean reward of N fresh continuations
+    tree:  M tokens, b times; M more after each, b times; ...; the last to the end. V(node) = mean
+           of V over its children, A(node) = V(node) - V(parent), and each node is trained
 
-The mask M_t is 1 where pi_old(y_t) is below a threshold and 0 elsewhere; Z is the sum of M_t.
+    L = -1/Z sum_t M_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + kl_coef KL(pi || pi_initial)
+
+with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
+elsewhere; Z is the sum of M_t.
 
 Departures from the paper, and choices where paper and released code disagree:
  1. Advantages are used as they are. The code whitens them per micro-batch, which can flip signs.
  2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient.
  3. The end token is trained, for a policy from scratch must learn to stop. A cut answer has none.
  4. Prefixes are cut on token ids, never decoded and tokenised again.
- 5. No KL term and no top-p: the policy that is scored is exactly the one that sampled.
+ 5. No top-p: the policy that is scored is exactly the one that sampled. The KL is off by default.
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
     groups, and other problems teach more than other answers to the same one.
- 7. Learning rate, batch and interval suit the small policy of the built-in task, not a 1B model.
+ 7. Sizes and learning rate suit the small policy of the built-in task, not a 1B model.
 
-    python spo.py               75 s on two cores, held-out accuracy 0.21 -> 0.89
+    python spo.py                   75 s on two cores, held-out accuracy 0.21 -> 0.89
+    python spo.py --variant tree
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 """
 
+import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import get_constant_schedule_with_warmup
 
 import common
-from common import BadInput, Batch, Sample, arg
+from common import BadInput, Batch, Problem, Rollout, Sample, arg
 
 
 @dataclass
 class Config:
-    partition: Literal["cutpoint", "trajectory"] = arg("cutpoint", "trajectory: one segment, GRPO")
-    interval: int = arg(1, "cutpoints per segment (the paper's m)")
+    variant: Literal["chain", "tree"] = arg("chain", "how values are estimated, see the header")
+    partition: Literal["cutpoint", "fixed", "newline", "trajectory"] = arg(
+        "cutpoint", "chain: where to cut; newline is VinePPO's, trajectory (one segment) GRPO's"
+    )
+    interval: int = arg(1, "cutpoint: so many of them to a segment (the paper's m)")
     threshold: float = arg(0.9, "a token sampled at a lower probability is a cutpoint (rho)")
-    continuations: int = arg(4, "fresh continuations per boundary, to estimate its value (N)")
+    continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)")
+    segment_tokens: int = arg(12, "fixed, tree: tokens of a segment (M); the tree's last may go on")
+    branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level")
+    scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
+    replay_age: int = arg(0, "tree: nodes wait up to so many steps to be used; 0: used at once")
+    replay_nodes: int = arg(32, "replay: most nodes of a problem in one step")
     mask: bool = arg(True, "train only tokens below the threshold: the probability mask")
     prompts: int = arg(64, "problems per step")
-    group_size: int = arg(1, "answers per problem (G)")
-    batch_size: int = arg(64, "answers per optimiser step; divides prompts x group_size")
-    epochs: int = arg(1, "passes over each step's answers")
+    group_size: int = arg(1, "chain: answers per problem (G)")
+    batch_size: int = arg(0, "answers, or nodes, in an optimiser step; 0: all of the step's")
+    epochs: int = arg(1, "passes over each step's answers or nodes")
     steps: int = arg(100, "rounds of sampling and training")
     lr: float = arg(5e-4, "AdamW's learning rate")
     warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)")
+    kl_coef: float = arg(0.0, "weight of the KL to the initial policy, which is loaded if above 0")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
     temperature: float = arg(1.0, "of sampling and of scoring")
     max_new_tokens: int = arg(80, "longest answer, in tokens")
 
     def __post_init__(self):
-        sizes = ("prompts", "group_size", "batch_size", "epochs", "steps", "max_new_tokens")
-        common.require_range(self, 1, "interval", "continuations", *sizes)
-        common.require_range(self, 0, "warmup_updates")
+        sizes = ("prompts", "group_size", "epochs", "steps", "max_new_tokens", "segment_tokens")
+        common.require_range(self, 1, "interval", "continuations", "replay_nodes", *sizes)
+        common.require_range(self, 0, "warmup_updates", "batch_size", "replay_age", "kl_coef")
         positive = ("threshold", "lr", "clip_eps", "max_grad_norm", "temperature")
         common.require_range(self, 0, *positive, open=True)
         if self.threshold > 1:
             raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
-        rollouts = self.prompts * self.group_size
-        if rollouts % self.batch_size:
-            raise BadInput(f"--batch_size {self.batch_size}: must divide {rollouts} answers a step")
+        if min(self.branching) < 2:
+            raise BadInput(f"--branching {min(self.branching)}: a group needs 2 or more")
         if self.partition == "trajectory" and self.group_size == 1:
             raise BadInput("--partition trajectory: needs a group, so --group_size 2 or more")
+        tree, answers = self.variant == "tree", self.prompts * self.group_size
+        if not tree and self.batch_size and answers % self.batch_size:
+            raise BadInput(f"--batch_size {self.batch_size}: must divide {answers} answers a step")
+        if tree and (self.partition != "cutpoint" or self.group_size > 1):
+            raise BadInput("--variant tree: takes no --partition or --group_size, but --branching")
+        if not tree and (self.replay_age or self.scale_advantages):
+            raise BadInput("--replay_age, --scale_advantages: are for --variant tree only")
 
 
 TINY = dict(
-    terms=3, warm_start_steps=250, prompts=32, batch_size=32, steps=40, max_new_tokens=32,
+    terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
 
@@ -116,6 +139,34 @@ def chain_advantages(starts: list[int], values: list[float], reward: float, leng
     return advantages
 
 
+def tree_advantages(parents: list[int], rewards: list[float], scale: bool = False):
+    """Values and advantages of a tree's nodes, two lists of floats (Section 4).
+
+    parents: each node's index, -1 for a root, listed parents first; rewards: count where a node has
+    no children. V(n) is the mean over its DIRECT children, A(n) = V(n) - V(parent), a root's is 0.
+    scale: A is also divided by the population std of the siblings' values. In exact fractions: a
+    rounding error must not tell equal siblings apart. Raises ValueError for a parent out of order.
+
+    >>> tree_advantages([-1, 0, 0, 1, 1], [0, 0, 0, 1, 0])
+    ([0.25, 0.5, 0.0, 1.0, 0.0], [0.0, 0.25, -0.25, 0.5, -0.5])
+    """
+    children = [[] for _ in parents]
+    for node, parent in enumerate(parents):
+        if not -1 <= parent < node:
+            raise ValueError(f"node {node} must stand after its parent, which is {parent}")
+        if parent >= 0:
+            children[parent].append(node)
+    values, advantages = [Fraction(reward) for reward in rewards], [0.0] * len(parents)
+    for node in reversed(range(len(parents))):
+        if below := children[node]:
+            values[node] = sum(values[child] for child in below) / len(below)
+            differences = [values[child] - values[node] for child in below]
+            std = (sum(d * d for d in differences) / len(below)) ** 0.5 if scale else 1
+            for child, difference in zip(below, differences):
+                advantages[child] = float(difference / std) if difference else 0.0
+    return [float(value) for value in values], advantages
+
+
 def trained_tokens(batch: Batch, cfg: Config) -> Tensor:
     """(B, T) bool: M_t, the tokens pi_old gave less than `threshold`; all of them with mask off."""
     return batch.mask & (batch.old_logprobs.exp() < cfg.threshold) if cfg.mask else batch.mask
@@ -132,27 +183,23 @@ def spo_loss(logprobs: Tensor, batch: Batch, mask: Tensor, normaliser: int, clip
     return -(objective * mask).sum() / max(normaliser, 1), clipped & mask
 
 
-def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[bool, float]:
-    """Does the most negative segment hold token `wrong`? And by chance: its share of the tokens.
-
-    No negative segment is a miss with chance 0. Of equally negative ones the first counts.
-    """
-    negative = [start for start in starts if advantages[start] < 0]
-    if not negative:
-        return False, 0.0
-    start = min(negative, key=lambda start: advantages[start])
-    end = min([later for later in starts if later > start], default=len(advantages))
-    return start <= wrong < end, (end - start) / len(advantages)
-
-
 # ---------------------------------------------------------------------------- credit assignment
 
 
+class Answer(NamedTuple):
+    owner: int  # which of the step's problems it answers
+    rollout: Rollout
+    starts: list[int]  # its segments' first tokens
+    advantages: list[float]  # one per token
+
+
 class Credit(NamedTuple):
-    samples: list[Sample]  # one per rollout: its whole answer, with advantages and old log-probs
-    starts: list[list[int]]  # each answer's boundaries
-    entropy: float  # the policy's mean entropy over all answer tokens, nats
-    tokens: int  # sampled to estimate values
+    samples: list[Sample]  # to train on: whole answers (chain), nodes with A != 0 (tree)
+    owners: list[int]  # the problem of each sample
+    answers: list[Answer]  # tree: one for each leaf
+    accuracy: float  # mean value of the problems, as sampled
+    entropy: float  # the policy's, mean over the tokens of `samples`, nats
+    tokens: int  # all that were sampled
 
 
 def estimate_values(model, tokenizer, states, cfg: Config, generator) -> tuple[list[float], int]:
@@ -170,17 +217,30 @@ def estimate_values(model, tokenizer, states, cfg: Config, generator) -> tuple[l
     return [value_of[state] for state in states], sum(len(r.ids) for r in rollouts)
 
 
+def cutpoints(s: Sample, cfg: Config, interval: int = 1) -> list[int]:
+    return segment_starts(torch.tensor(s.old_logprobs).exp(), interval, cfg.threshold)
+
+
+def boundaries(s: Sample, tokenizer, cfg: Config) -> list[int]:
+    """First tokens of the segments of an answer with old log-probs, by cfg.partition."""
+    if cfg.partition == "cutpoint":
+        return cutpoints(s, cfg, cfg.interval)
+    if cfg.partition == "fixed":
+        return list(range(0, len(s.ids), cfg.segment_tokens))
+    if cfg.partition == "newline":
+        return common.step_starts(s.ids, tokenizer, "\n", len(s.ids))
+    return [0]
+
+
 def assign_credit(model, tokenizer, rollouts, answers, cfg: Config, generator) -> Credit:
-    """Rewarded rollouts, group_size to a prompt, and their true answers -> samples with credit."""
+    """SPO-chain: rewarded rollouts, group_size to a prompt, and their true answers -> credit."""
     samples = [Sample(r.prompt, r.ids) for r in rollouts]
     entropy = common.score(model, samples, cfg.temperature)
+    starts = [boundaries(s, tokenizer, cfg) for s in samples]
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
     if cfg.partition == "trajectory":  # GRPO: the value of the prompt is the mean of its group
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
-        starts, tokens = [[0]] * len(samples), 0
-        flat = rewards.mean(1).repeat_interleave(cfg.group_size).tolist()
+        flat, tokens = rewards.mean(1).repeat_interleave(cfg.group_size).tolist(), 0
     else:
-        probs = [torch.tensor(s.old_logprobs).exp() for s in samples]
-        starts = [segment_starts(p, cfg.interval, cfg.threshold) for p in probs]
         triples = zip(samples, answers, starts)
         states = [(s.context, s.ids[:t], answer) for s, answer, cuts in triples for t in cuts]
         flat, tokens = estimate_values(model, tokenizer, states, cfg, generator)
@@ -188,155 +248,230 @@ def assign_credit(model, tokenizer, rollouts, answers, cfg: Config, generator) -
     for s, r, cuts in zip(samples, rollouts, starts):
         advantages = chain_advantages(cuts, [next(values) for _ in cuts], r.reward, len(r.ids))
         s.advantages = advantages.tolist()
-    return Credit(samples, starts, entropy, tokens)
+    owners = [i // cfg.group_size for i in range(len(rollouts))]
+    credited = list(map(Answer, owners, rollouts, starts, [s.advantages for s in samples]))
+    tokens += sum(len(r.ids) for r in rollouts)
+    return Credit(samples, owners, credited, rewards.mean().item(), entropy, tokens)
+
+
+class Tree(NamedTuple):
+    """The trees of a step's problems as one list of nodes: first the roots, then level by level."""
+
+    nodes: list[Rollout]  # prompt: all that stands above; ids: the node's own segment
+    parents: list[int]  # -1 for a root, whose segment is empty
+
+    def path(self, node: int) -> list[int]:
+        """From the root, whose index is the problem's, down to `node`."""
+        return [node] if self.parents[node] < 0 else [*self.path(self.parents[node]), node]
+
+
+def grow_trees(model, tokenizer, states, cfg: Config, generator) -> Tree:
+    """A tree from each state. A node that was cut after segment_tokens gets children, one that
+    ended is a leaf; on the last level answers run to their end."""
+    states, level = list(states), list(range(len(states)))  # one per node; the nodes to expand
+    tree = Tree([Rollout(prompt, [], False) for prompt, _, _ in states], [-1] * len(states))
+    longest, options = cfg.max_new_tokens, dict(temperature=cfg.temperature, generator=generator)
+    for depth, width in enumerate(cfg.branching, 1):
+        expanded, limit = level, cfg.segment_tokens if depth < len(cfg.branching) else None
+        at, size = [states[node] for node in expanded], (width, longest, limit)
+        rollouts, level = common.complete(model, tokenizer, at, *size, **options), []
+        for i, r in enumerate(rollouts):
+            tree.nodes.append(r)
+            tree.parents.append(expanded[i // width])
+            prompt, done, answer = states[expanded[i // width]]
+            states.append((prompt, [*done, *r.ids], answer))
+            room = common.answer_budget(model, prompt, longest) - len(done) - len(r.ids)
+            if room and not r.finished:
+                level.append(len(tree.nodes) - 1)
+    return tree
+
+
+def credit_trees(model, tree: Tree, cfg: Config) -> Credit:
+    """SPO-tree: each node with A != 0 is a sample. What stands above it is the context, and all
+    tokens of its own segment have its advantage."""
+    rewards, inner = [node.reward for node in tree.nodes], {*tree.parents}
+    values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
+    samples, owners, answers = [], [], []
+    for i, (node, advantage) in enumerate(zip(tree.nodes, advantages)):
+        root, *path = tree.path(i)
+        if advantage:
+            samples.append(Sample(node.prompt, node.ids, [advantage] * len(node.ids)))
+            owners.append(root)
+        if i not in inner:
+            prompt, segments = tree.nodes[root].prompt, [tree.nodes[j] for j in path]
+            ids = [id for segment in segments for id in segment.ids]
+            starts = [len(segment.prompt) - len(prompt) for segment in segments]
+            credits = [advantages[j] for j in path for _ in tree.nodes[j].ids]
+            rollout = Rollout(prompt, ids, node.finished, node.reward)
+            answers.append(Answer(root, rollout, starts, credits))
+    entropy = common.score(model, samples, cfg.temperature) if samples else 0.0
+    roots, tokens = tree.parents.count(-1), sum(len(node.ids) for node in tree.nodes)
+    return Credit(samples, owners, answers, sum(values[:roots]) / roots, entropy, tokens)
+
+
+def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[Sample], list]:
+    """The samples to train on in this step, and what waits for later ones.
+
+    waiting: (step it was sampled in, question, a Sample's fields). What is replay_age steps old is
+    dropped. At most replay_nodes of a question are drawn, each to be used once, with the advantages
+    and log-probs that it was sampled with.
+    """
+    drawn, later, count = [], [], Counter()
+    recent = [entry for entry in waiting if step - entry[0] < cfg.replay_age]
+    for entry in random.Random(seed).sample(recent, len(recent)):
+        count[entry[1]] += 1
+        (drawn if count[entry[1]] <= cfg.replay_nodes else later).append(entry)
+    return [Sample(**fields) for _, _, fields in drawn], later
 
 
 # -------------------------------------------------------------------------------------- the run
 
 
-def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str) -> dict:
+def update(model, optimizer, schedule, samples, cfg: Config, seed: str, reference=None) -> dict:
     """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics."""
     sums = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0)
+    sums |= dict(kl_ref=0.0) if reference else {}
     steps, tokens = 0, 0
     for epoch in range(cfg.epochs):
         order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
-        for i in range(0, len(order), cfg.batch_size):
-            minibatch = order[i : i + cfg.batch_size]
+        parts = math.ceil(len(order) / (cfg.batch_size or len(order) or 1))
+        for minibatch in (order[i::parts] for i in range(parts)):  # of one size, give or take one
             z = trained_tokens(common.collate(minibatch), cfg).sum().item()
             loss_sum = 0.0
             # A sample without signal has gradient 0: it counts in Z, and needs no forward pass.
-            for micro in common.micro_batches([s for s in minibatch if any(s.advantages)]):
+            trained = [s for s in minibatch if reference or any(s.advantages)]
+            for micro in common.micro_batches(trained):
                 batch = common.collate(micro, model.device)
                 mask = trained_tokens(batch, cfg)  # (B, T)
                 logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
                 loss, clipped = spo_loss(logprobs, batch, mask, z, cfg.clip_eps)
+                if reference:
+                    with torch.no_grad():
+                        ref_logprobs = common.token_logprobs(reference, batch, cfg.temperature)
+                    divergence = (common.k3(ref_logprobs - logprobs) * mask).sum()
+                    loss = loss + cfg.kl_coef * divergence / len(minibatch)
+                    sums["kl_ref"] += divergence.item()
                 loss.backward()
                 loss_sum += loss.item()
-                log_ratio = (logprobs.detach() - batch.old_logprobs)[mask]  # (N,)
-                sums["kl"] += (log_ratio.exp() - 1 - log_ratio).sum().item()
+                moved = common.k3(logprobs.detach() - batch.old_logprobs)  # (B, T)
+                sums["kl"] += (moved * mask).sum().item()
                 sums["clip_fraction"] += clipped.sum().item()
-                tokens += len(log_ratio)
+                tokens += mask.sum().item()
             norm = common.optimizer_step(model, optimizer, schedule, loss_sum, cfg.max_grad_norm)
             sums["loss"], sums["grad_norm"] = sums["loss"] + loss_sum, sums["grad_norm"] + norm
             steps += 1
-    over = dict(loss=steps, grad_norm=steps, kl=max(tokens, 1), clip_fraction=max(tokens, 1))
-    return {key: sums[key] / over[key] for key in sums}
+    per_step = ("loss", "grad_norm")  # the others are means over tokens
+    return {key: sums[key] / max(steps if key in per_step else tokens, 1) for key in sums}
 
 
-def show_answer(problems, rollouts, credit: Credit, tokenizer, colour: bool) -> str:
-    """One answer of the step with its credit: the first failure that got any, else the first."""
-    credited = [any(s.advantages) for s in credit.samples]
-    i = next((i for i, r in enumerate(rollouts) if credited[i] and not r.reward), 0)
-    title, notes = common.answer_notes(problems[i], rollouts[i], tokenizer)
-    pieces = [tokenizer.decode([id]) for id in rollouts[i].ids]
-    advantages = credit.samples[i].advantages
-    labels = {t: f"{advantages[t]:+.2f}" for t in credit.starts[i]}
+def pick_answer(credit: Credit) -> int:
+    """Index of the answer to show: the first failure that got any credit, else the first."""
+    failed = (i for i, a in enumerate(credit.answers) if any(a.advantages) and not a.rollout.reward)
+    return next(failed, 0)
+
+
+def show_answer(problems, credit: Credit, facts, tokenizer, cfg: Config, colour: bool) -> str:
+    """SPO-chain: an answer of the step with its credit, and what the cutpoints of all fall on."""
+    i = pick_answer(credit)
+    owner, r, starts, advantages = credit.answers[i]
+    title, notes = common.answer_notes(problems[owner], r, tokenizer)
+    pieces, marked = [tokenizer.decode([id]) for id in r.ids], {*cutpoints(credit.samples[i], cfg)}
+    for t in marked - {*starts} if cfg.partition == "cutpoint" else marked:
+        pieces[t] = "'" + pieces[t]
+    labels = {t: f"{advantages[t]:+.2f}" for t in starts}
     lines = common.credit_lines(pieces, advantages, labels, notes, colour)
-    return "\n".join([title, *lines])
+    rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples]
+    places = common.places_of(rows, facts, tokenizer)
+    legend = f"  | a segment, ' a cutpoint within; cutpoints of this step:\n  {places}"
+    return "\n".join([title, *lines, legend])
+
+
+def show_tree(problems, tree: Tree, credit: Credit, tokenizer, cfg: Config, colour: bool) -> str:
+    """SPO-tree: the tree of a problem, a node a line, as wide as the terminal. Where all answers
+    are right or all wrong nothing has credit, and only the node above them is shown."""
+    owner = credit.answers[pick_answer(credit)].owner
+    rewards = [node.reward for node in tree.nodes]
+    values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
+    paths = [tree.path(i) for i in range(len(tree.nodes))]
+    lines = [f"{common.problem_title(problems[owner])}, V {values[owner]:.2f}"]
+    for i in sorted(range(len(paths)), key=paths.__getitem__):  # depth first
+        root, node = paths[i][0], tree.nodes[i]
+        if root == owner != i and 0 < values[tree.parents[i]] < 1:
+            ids = [*node.prompt, *node.ids][len(tree.nodes[root].prompt) :]
+            wrong = common.first_wrong_token(ids, problems[owner], tokenizer)
+            mark = "!" if wrong is not None and wrong >= len(ids) - len(node.ids) else " "
+            head = f"{'    ' * (len(paths[i]) - 1)}V {values[i]:.2f} A {advantages[i]:+.2f} {mark} "
+            text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), len(head))
+            lines.append(head + (common.paint(text, advantages[i]) if colour else text))
+    return "\n".join([*lines, "  ! the first wrong token is in this node"])
+
+
+def headline(cfg: Config, train: list[Problem]) -> str:
+    tree = f"segments of {cfg.segment_tokens} tokens, branching {'-'.join(map(str, cfg.branching))}"
+    how = tree if cfg.variant == "tree" else f"{cfg.group_size} answers, partition {cfg.partition}"
+    sizes = f"{cfg.steps} steps of {cfg.prompts} problems"
+    return f"SPO-{cfg.variant}: {sizes}, {how}, mask {'on' if cfg.mask else 'off'}"
 
 
 def main() -> None:
-    cfg, run = common.parse_args(Config, "spo", __doc__, TINY)
-    device, dtype = common.pick_device(run)
-    folder = common.run_folder(cfg, run)
-    train = common.load_problems(run.data, "train", None, run.seed, run.terms)
-    test = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
-    if not run.eval_only:
-        print(
-            f"SPO-chain on {run.data} ({len(train):,} problems, {len(test):,} held out): "
-            f"{cfg.steps} steps of {cfg.prompts} problems x {cfg.group_size} answers,\n"
-            f"partition {cfg.partition}, mask {'on' if cfg.mask else 'off'}, on {device} in "
-            f"{str(dtype)[6:]}, to {folder}/"
-        )
-    model, tokenizer = common.open_policy(run, folder, train, test, device, dtype)
-
-    def evaluate() -> dict:
-        size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
-        return common.evaluate(model, tokenizer, test, *size, temperature, run.seed)
-
-    if run.eval_only:
-        print(f"{len(test)} held-out problems: {common.describe(evaluate())}")
-        return
-
+    begun = common.set_up(Config, "spo", __doc__, TINY, headline)
+    cfg, run, folder, train, model, tokenizer, evaluate = begun
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
-    generator = torch.Generator(device).manual_seed(run.seed)
+    generator = torch.Generator(model.device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
-    if run.resume:
-        progress = common.resume(folder, optimizer, schedule, generator)
-    else:
-        progress = dict(step=0, sampled_tokens=0, seconds=0.0, failures=0, hits=0, chance=0.0)
-        progress["before"] = evaluate()
-        common.start_run(folder, cfg, run, *trainer, progress)
-    print(f"before: {common.describe(progress['before'])}")
-    ctrl_c, done = common.CtrlC(), progress["step"]
-    for step in (bar := tqdm(range(done, cfg.steps), "training", cfg.steps, initial=done)):
-        # 1. Sample G answers to each problem, and reward them.
+    reference = common.reference_policy(run, train, model) if cfg.kl_coef else None
+    facts = common.wrong_facts(run.seed) if train[0].checkable else None
+    counts = dict(failures=0, hits=0, chance=0.0, waiting=[])
+    progress = common.begin(folder, cfg, run, trainer, evaluate, **counts)
+    for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
+        # 1. Sample answers or trees, and credit each segment with the value it added.
         began = time.time()
         problems = common.batch_at(train, step, cfg.prompts, run.seed)
         states = [common.initial_state(tokenizer, problem) for problem in problems]
-        options = dict(temperature=cfg.temperature, generator=generator)
-        rollouts = common.complete(
-            model, tokenizer, states, cfg.group_size, cfg.max_new_tokens, **options
-        )
-        problems = [problem for problem in problems for _ in range(cfg.group_size)]  # one a rollout
-        answers = [problem.answer for problem in problems]
+        if cfg.variant == "tree":
+            tree = grow_trees(model, tokenizer, states, cfg, generator)
+            credit = credit_trees(model, tree, cfg)
+        else:
+            size, options = (cfg.group_size, cfg.max_new_tokens), dict(temperature=cfg.temperature)
+            options |= dict(generator=generator)
+            rollouts = common.complete(model, tokenizer, states, *size, **options)
+            answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
+            credit = assign_credit(model, tokenizer, rollouts, answers, cfg, generator)
 
-        # 2. Cut each answer into segments, and credit each with the value it added.
-        credit = assign_credit(model, tokenizer, rollouts, answers, cfg, generator)
+        # 2. Train on them.
+        seed, samples, waiting = f"{run.seed}-{step}", credit.samples, []
+        if cfg.replay_age:
+            owned = zip(credit.owners, samples)
+            new = [(step, problems[owner].question, vars(s)) for owner, s in owned]
+            samples, waiting = draw_replay(progress["waiting"] + new, step, cfg, seed)
+        with common.saved_if_not_finite(folder, step, trainer, progress):
+            metrics = update(model, optimizer, schedule, samples, cfg, seed, reference)
 
-        # 3. Train on them.
-        try:
-            metrics = update(model, optimizer, schedule, credit.samples, cfg, f"{run.seed}-{step}")
-        except FloatingPointError as error:
-            common.save_checkpoint(folder, *trainer, progress, "failed")
-            stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
-            raise SystemExit(f"\n{stopped}") from None
-
-        for r, s, starts, problem in zip(rollouts, credit.samples, credit.starts, problems):
-            wrong = common.first_wrong_token(r.ids, problem, tokenizer)
-            if not r.reward and wrong is not None:  # the task knows where it went wrong: compare
-                hit, chance = credit_hit(starts, s.advantages, wrong)
-                for key, value in dict(failures=1, hits=int(hit), chance=chance).items():
-                    progress[key] += value
-        progress["step"] = step + 1
-        progress["sampled_tokens"] += sum(len(r.ids) for r in rollouts) + credit.tokens
+        for owner, *credited in credit.answers:
+            common.count_hit(progress, problems[owner], *credited, tokenizer)
+        progress["waiting"] = waiting
+        progress["sampled_tokens"] += credit.tokens
         progress["seconds"] += time.time() - began
-        count = len(rollouts)
-        accuracy = sum(r.reward for r in rollouts) / count
-        evaluated = run.eval_every and (step + 1) % run.eval_every == 0
-        common.append_metrics(folder, dict(
-            step=step + 1,
-            accuracy=accuracy,
+        count = len(credit.answers)
+        segments = [a.advantages[t] for a in credit.answers for t in a.starts]
+        common.log_step(
+            folder, run, step, bar, schedule, progress, evaluate,
+            accuracy=credit.accuracy,
             **metrics,
             entropy=credit.entropy,
-            no_signal=sum(not any(s.advantages) for s in credit.samples) / count,
-            boundaries=sum(map(len, credit.starts)) / count,
-            length=sum(len(r.ids) for r in rollouts) / count,
-            lr=schedule.get_last_lr()[0],
-            sampled_tokens=progress["sampled_tokens"],
-            seconds=round(progress["seconds"], 2),
-            held_out=evaluate()["accuracy"] if evaluated else "",
-        ))  # fmt: skip
-        bar.set_postfix(accuracy=f"{accuracy:.2f}", refresh=False)
+            no_signal=sum(not any(a.advantages) for a in credit.answers) / count,
+            boundaries=len(segments) / count,
+            trained=len(samples) if cfg.variant == "tree" else sum(map(bool, segments)),
+            length=sum(len(a.rollout.ids) for a in credit.answers) / count,
+        )  # fmt: skip
         if run.show_every and (step + 1) % run.show_every == 0:
-            shown = (problems, rollouts, credit, tokenizer)
-            common.show(folder, lambda colour: f"step {step + 1}: {show_answer(*shown, colour)}")
-        if (step + 1) % run.save_every == 0 or step + 1 == cfg.steps or ctrl_c.pressed:
-            common.save_checkpoint(folder, *trainer, progress)
-        if ctrl_c.pressed and step + 1 < cfg.steps:
-            bar.close()
-            print(f"saved after step {step + 1} in {folder}/; --resume continues")
-            return
-    facts, remark = {}, ""
-    if failures := progress["failures"]:
-        hit, chance = progress["hits"] / failures, progress["chance"] / failures
-        facts = dict(failures=failures, credit_hit=hit, credit_chance=chance)
-        remark = (
-            f"credit: the most negative segment held the first wrong token in {hit:.0%} of "
-            f"{failures:,} failures (by chance {chance:.0%})\n"
-        )
-    common.finish_run(folder, progress, evaluate(), facts, remark)
+            if cfg.variant == "tree":
+                show, shown = show_tree, (problems, tree, credit, tokenizer, cfg)
+            else:
+                show, shown = show_answer, (problems, credit, facts, tokenizer, cfg)
+            common.show(folder, lambda colour: f"step {step + 1}: {show(*shown, colour)}")
+    common.finish_run(folder, progress, evaluate(), *common.hit_rates(progress))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_credit_cuts_right_before_the_unsure_tokens(model, monkeypatch):
     rollouts = rollouts_of(random.Random(0).sample(all_answers(), 12))
     credit = spo.assign_credit(model, None, rollouts, ["x"] * 12, cfg, None)
     states, entropies = [], []
-    for r, s, starts in zip(rollouts, credit.samples, credit.starts):
+    for r, s, starts in zip(rollouts, credit.samples, [a.starts for a in credit.answers]):
         logprobs = log_prob(model, r.ids, temperature)
         assert s.old_logprobs == pytest.approx(logprobs.tolist(), abs=1e-5)
         assert starts == [t for t, p in enumerate(logprobs.exp().tolist()) if p < threshold]
@@ -233,7 +233,9 @@ def test_credit_cuts_right_before_the_unsure_tokens(model, monkeypatch):
             assert s.advantages[t] == (after - past[-1] / 8 if past else 0.0)
         logits = model(torch.tensor([[*PROMPT, *r.ids]])).logits[0, 1:-1] / temperature
         entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
-    assert any(credit.starts) and asked == states and credit.tokens == 17
+    total = sum(len(r.ids) for r in rollouts)
+    assert any(a.starts for a in credit.answers) and asked == states
+    assert credit.tokens == total + 17
     assert credit.entropy == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
 
 
@@ -243,7 +245,7 @@ def test_interval_thins_the_boundaries(model, monkeypatch):
     for interval in (1, 2, 3):
         cfg = spo.Config(threshold=1.0, interval=interval)
         credit = spo.assign_credit(model, None, rollouts_of(answers), [""] * 20, cfg, None)
-        assert all(starts == list(range(0, HORIZON, interval)) for starts in credit.starts)
+        assert all(a.starts == list(range(0, HORIZON, interval)) for a in credit.answers)
 
 
 def test_trajectory_partition_is_grpo_without_std(model):
@@ -256,7 +258,8 @@ def test_trajectory_partition_is_grpo_without_std(model):
     for s, advantage in zip(credit.samples, expected):
         assert s.advantages == pytest.approx([advantage] * len(s.ids), abs=1e-6)
     assert [s.advantages[0] for s in credit.samples[3:]] == [0.0] * 3  # exactly: all-equal group
-    assert credit.tokens == 0 and credit.starts == [[0]] * 6
+    assert credit.tokens == sum(len(r.ids) for r in rollouts)
+    assert [a.starts for a in credit.answers] == [[0]] * 6
 
 
 # ------------------------------------------------------------------------------- loss and update
@@ -410,16 +413,16 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(
 def test_credit_hit_of_hand_worked_segments():
     advantages = [0.0, 0.5, 0.5, -0.25, -0.25, -0.75]
     starts = [1, 3, 5]
-    assert spo.credit_hit(starts, advantages, 5) == (True, 1 / 6)
-    assert spo.credit_hit(starts, advantages, 4) == (False, 1 / 6)
+    assert common.credit_hit(starts, advantages, 5) == (True, 1 / 6)
+    assert common.credit_hit(starts, advantages, 4) == (False, 1 / 6)
     tie = [-0.5, -0.5, 0.0, -0.5]
-    assert spo.credit_hit([0, 2, 3], tie, 1) == (True, 2 / 4)
-    assert spo.credit_hit([0, 2, 3], tie, 3) == (False, 2 / 4)
+    assert common.credit_hit([0, 2, 3], tie, 1) == (True, 2 / 4)
+    assert common.credit_hit([0, 2, 3], tie, 3) == (False, 2 / 4)
     inner = [0.0, -0.75, -0.75, -0.25]  # the worst segment ends before token 3
-    assert [spo.credit_hit([1, 3], inner, t)[0] for t in range(4)] == [False, True, True, False]
-    assert spo.credit_hit([0, 1], [0.0, 0.5], 0) == (False, 0.0)
-    assert spo.credit_hit([], [0.0, 0.0], 0) == (False, 0.0)
-    assert spo.credit_hit([0], [-0.5] * 3, 2) == (True, 1.0)  # one segment: trivially
+    assert [common.credit_hit([1, 3], inner, t)[0] for t in range(4)] == [False, True, True, False]
+    assert common.credit_hit([0, 1], [0.0, 0.5], 0) == (False, 0.0)
+    assert common.credit_hit([], [0.0, 0.0], 0) == (False, 0.0)
+    assert common.credit_hit([0], [-0.5] * 3, 2) == (True, 1.0)  # one segment: trivially
 
 
 def test_a_config_that_cannot_work_is_refused():
