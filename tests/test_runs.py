@@ -269,6 +269,50 @@ def test_several_epochs_and_minibatches_all_take_their_optimiser_steps(warm, run
     assert float(rows[1]["kl"]) > 0  # the second epoch is off-policy
 
 
+KINDS = {  # flags of spo.py -> what samples.txt then shows
+    "--partition fixed --segment_tokens 5": "  | a segment, ' a cutpoint within",
+    "--partition newline --interval 3": "  | a segment, ' a cutpoint within",
+    "--partition trajectory --group_size 2": "  | a segment, ' a cutpoint within",
+    "--interval 2 --kl_coef 1e-2": "state what the warm start has learned wrong",
+    "--variant tree --segment_tokens 4": "  ! the first wrong token is in this node",
+    "--variant tree --branching 2 3 --scale_advantages True --mask False": "    V 0.00 A -",
+    "--variant tree --segment_tokens 4 --batch_size 3 --replay_age 3 --replay_nodes 2 "
+    "--kl_coef 1e-2 --epochs 2": "    V 0.00 A -",
+}
+
+
+@pytest.mark.parametrize("args", KINDS)
+def test_every_variant_and_partition_runs_and_resumes_to_the_same_end(warm, run, args):
+    folder, flags = warm / "runs" / "spo", [*BASE, "--batch_size", "0", *args.split()]
+    assert run(*flags, "--name", "whole").code == 0
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*flags, patch=SLOW, meanwhile=kill).code == -9
+    assert saved_step(folder) < 5
+    assert run(*flags, "--resume").code == 0
+    assert result(folder) == result(warm / "runs" / "whole")
+    rows = metrics(folder)
+    assert KINDS[args] in (folder / "samples.txt").read_text("utf-8")
+    assert ("kl_ref" in rows[0]) == ("kl_coef" in args)
+    if "kl_coef" in args:
+        moved = [float(row["kl_ref"]) for row in rows]
+        # Up to the first update the policy is still the reference.
+        assert max(moved) > 1e-9 and ("epochs" in args or moved[0] < 1e-9)
+    assert any(float(row["trained"]) for row in rows) and summary(folder)["failures"] > 0
+
+
+def test_a_replay_holds_back_nodes_and_trains_them_later(warm, run):
+    tree = "--variant tree --segment_tokens 4 --batch_size 0 --replay_nodes 1".split()
+    rows = []
+    for age in "012":
+        assert run(*BASE, *tree, "--replay_age", age, "--name", age).code == 0
+        rows.append([int(row["trained"]) for row in metrics(warm / "runs" / age)])
+    every, fresh, waited = rows
+    assert every[0] > fresh[0] == waited[0] > 0  # of each problem one node at most
+    assert fresh[1] < waited[1]  # and one of each problem of the step before, which age 1 drops
+    state = torch.load(warm / "runs" / "2" / "checkpoint" / "state.pt", weights_only=True)
+    assert {born for born, _, _ in state["progress"]["waiting"]} == {3, 4}
+
+
 # --------------------------------------------------------------------------------------- resume
 
 
@@ -523,6 +567,20 @@ BAD = [  # arguments, and what the message must name
     ("--prompts 8 --batch_size 3", "--batch_size 3"),
     ("--prompts 8 --batch_size 16", "--batch_size 16"),
     ("--partition trajectory --group_size 1", "--group_size"),
+    ("--variant forest", "forest"),
+    ("--variant tree --group_size 2", "--variant tree"),
+    ("--variant tree --partition newline", "--variant tree"),
+    ("--variant tree --branching 4 1", "--branching 1"),
+    ("--variant tree --branching 4 x", "x"),
+    ("--variant tree --branching", "--branching"),
+    ("--variant tree --segment_tokens 0", "--segment_tokens 0"),
+    ("--variant tree --replay_age -1", "--replay_age -1"),
+    ("--variant tree --replay_nodes 0", "--replay_nodes 0"),
+    ("--replay_age 2", "--replay_age"),
+    ("--scale_advantages True", "--scale_advantages"),
+    ("--partition line", "line"),
+    ("--kl_coef -1", "--kl_coef -1"),
+    ("--kl_coef nan", "--kl_coef nan"),
     ("--lr 0", "--lr 0"),
     ("--lr inf", "--lr inf"),
     ("--lr -1", "--lr -1"),
@@ -822,7 +880,7 @@ def test_another_script_reads_a_file_of_problems(run, tmp_path, script):
     assert "step 1: " in (tmp_path / "runs" / script / "samples.txt").read_text("utf-8")
 
 
-@pytest.mark.parametrize("script", ["spo", *OTHERS])
+@pytest.mark.parametrize("script", ["spo", "spo --variant tree --kl_coef 1e-3", *OTHERS])
 def test_everything_is_sampled_and_scored_at_the_temperature_asked_for(warm, run, script):
     patch = """
 sample, token_logprobs = common.sample, common.token_logprobs
@@ -834,7 +892,9 @@ def cool_score(model, batch, temperature, *args, **options):
     return token_logprobs(model, batch, temperature, *args, **options)
 common.sample, common.token_logprobs = cool, cool_score
 """
-    flags = SHORT if script == "spo" else [*other_args(script), "--steps", "2"]
+    script, *more = script.split()
+    flags = [*(SHORT if script == "spo" else other_args(script)), "--steps", "2", *more]
+    flags += ["--batch_size", "0"] if more else []
     done = run(*flags, "--temperature", "0.7", patch=patch, script=script)
     assert done.code == 0, done.err
     for row in metrics(warm / "runs" / script):

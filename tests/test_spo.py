@@ -1,6 +1,6 @@
 """SPO's maths against hand-worked cases, plain loops, and a policy small enough to enumerate."""
 
-import dataclasses
+import copy
 import math
 import random
 
@@ -407,6 +407,477 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(
     assert before < 0.6 and exact_values(model)[()] > 0.85
 
 
+# ----------------------------------------------------------------------------------------- trees
+
+
+def test_the_worked_tree_of_three_levels():
+    """Three children; under the first leaves 1, 0, 1, under the second all 1, the third all 0."""
+    parents = [-1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    rewards = [9.0] * 4 + [1, 0, 1, 1, 1, 1, 0, 0, 0]  # those of inner nodes must not matter
+    values, advantages = spo.tree_advantages(parents, rewards)
+    third = 1 / 3
+    assert values == pytest.approx([5 / 9, 2 / 3, 1, 0, 1, 0, 1, 1, 1, 1, 0, 0, 0])
+    assert advantages[:4] == pytest.approx([0, 1 / 9, 4 / 9, -5 / 9])
+    assert advantages[4:] == pytest.approx([third, -2 * third, third] + [0] * 6)
+    assert sum(map(bool, advantages)) == 6  # 6 of 12 nodes are kept
+    scaled = spo.tree_advantages(parents, rewards, scale=True)[1]
+    std = math.sqrt(((1 / 9) ** 2 + (4 / 9) ** 2 + (5 / 9) ** 2) / 3)  # population
+    assert scaled[1:4] == pytest.approx([1 / 9 / std, 4 / 9 / std, -5 / 9 / std])
+    assert scaled[4:] == pytest.approx([2**-0.5, -(2**0.5), 2**-0.5] + [0] * 6)
+    assert [type(a) for a in advantages + scaled] == [float] * 26
+
+
+def test_a_parent_is_the_mean_of_its_children_not_of_the_leaves():
+    # One child ended early and is right; under the other, one leaf of four is.
+    parents, rewards = [-1, 0, 0, 2, 2, 2, 2], [0, 1, 0, 1, 0, 0, 0]
+    values, advantages = spo.tree_advantages(parents, rewards)
+    assert values[0] == (1 + 0.25) / 2  # over leaves it would be 2 / 5
+    assert advantages == [0, 0.375, -0.375, 0.75, -0.25, -0.25, -0.25]
+
+
+def test_trees_of_several_problems_do_not_touch():
+    one, two = ([-1, 0, 0], [0, 1, 0]), ([-1, 0, 0, 0], [0, 0, 1, 1])
+    parents = [-1, -1, 0, 0, 1, 1, 1]
+    values, advantages = spo.tree_advantages(parents, [0, 0, 1, 0, 0, 1, 1])
+    (v1, a1), (v2, a2) = spo.tree_advantages(*one), spo.tree_advantages(*two)
+    assert values == [v1[0], v2[0], *v1[1:], *v2[1:]]
+    assert advantages == [a1[0], a2[0], *a1[1:], *a2[1:]]
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_equal_siblings_get_exactly_nothing_in_whatever_order_their_values_were_summed(scale):
+    # Two children of value (0 + 1/3 + 2/3) / 3, their own children in different orders.
+    groups = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0.1, 0.7, 0.2]]
+    orders = [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)]
+    parents, rewards = [-1, 0, 0, 0], [0.0] * 4
+    for child, order in enumerate(orders, 1):
+        for group in order:
+            parents.append(child)
+            rewards.append(0.0)
+            inner = len(parents) - 1
+            parents += [inner] * 3
+            rewards += groups[group]
+    values, advantages = spo.tree_advantages(parents, rewards, scale)
+    assert values[1] == values[2] == values[3] and advantages[:4] == [0.0] * 4
+    assert any(advantages[4:])
+
+
+@pytest.mark.parametrize("parents", [[0], [-1, 2, 0], [-1, -2], [-1, 1]])
+def test_a_node_before_its_parent_is_an_error(parents):
+    with pytest.raises(ValueError):
+        spo.tree_advantages(parents, [0.0] * len(parents))
+
+
+def random_tree(rng, depth=0):
+    """Nested lists, a leaf being its reward."""
+    if depth == 3 or (depth and rng.random() < 0.3):
+        return float(rng.random() < 0.5)
+    return [random_tree(rng, depth + 1) for _ in range(rng.randint(2, 3))]
+
+
+def test_values_and_advantages_follow_the_recursive_definition():
+    rng = random.Random(0)
+    for _ in range(50):
+        parents, rewards, expected = [], [], []
+
+        def add(tree, parent):
+            parents.append(parent)
+            rewards.append(0.0 if isinstance(tree, list) else tree)
+            i = len(parents) - 1
+            expected.append(None)
+            below = [add(child, i) for child in tree] if isinstance(tree, list) else []
+            expected[i] = sum(below) / len(below) if below else tree
+            return expected[i]
+
+        add(random_tree(rng), -1)
+        values, advantages = spo.tree_advantages(parents, rewards)
+        assert values == pytest.approx(expected)
+        for i, parent in enumerate(parents):
+            above = expected[parent] if parent >= 0 else expected[i]
+            assert advantages[i] == pytest.approx(expected[i] - above, abs=1e-12)
+
+
+def tree_config(**options) -> spo.Config:
+    return spo.Config(variant="tree", max_new_tokens=HORIZON, **options)
+
+
+@pytest.mark.parametrize("branching, segment", [([2, 3], 1), ([3, 2, 2], 1), ([2, 2], 3), ([4], 2)])
+def test_a_tree_grows_by_segments_and_its_last_level_runs_to_the_end(
+    model, monkeypatch, branching, segment
+):
+    fake_rewards(monkeypatch)
+    cfg = tree_config(branching=branching, segment_tokens=segment, temperature=0.9)
+    states, generator = [(PROMPT, [], "")] * 30, torch.Generator().manual_seed(0)
+    tree = spo.grow_trees(model, None, states, cfg, generator)
+    children = {i: [] for i in range(len(tree.nodes))}
+    for i, parent in enumerate(tree.parents):
+        assert (parent == -1) == (i < 30)
+        if parent >= 0:
+            children[parent].append(i)
+    early = cut = 0
+    for i, node in enumerate(tree.nodes):
+        root, *path = tree.path(i)
+        assert root < 30 and [tree.parents[j] for j in [*path, i]][-1] == tree.parents[i]
+        done = [id for j in path for id in tree.nodes[j].ids]
+        assert node.prompt == (PROMPT + done)[: len(PROMPT + done) - len(node.ids)]
+        if i < 30:
+            assert node.prompt == PROMPT and node.ids == [] and len(children[i]) == branching[0]
+            continue
+        last = len(path) == len(branching)
+        assert len(node.ids) <= (HORIZON if last else segment) and node.ids
+        assert node.finished == (node.ids[-1] == END)
+        whole = node.finished or len(done) == HORIZON  # ended, or without room
+        if whole or last:
+            assert tuple(done) in all_answers() and node.reward == reward_of(done)
+            assert children[i] == []
+            early += not last and node.finished
+            cut += not last and not node.finished
+        else:
+            assert len(node.ids) == segment and len(children[i]) == branching[len(path)]
+    assert early or len(branching) == 1
+    assert cut or (len(branching) - 1) * segment < HORIZON
+
+
+def test_siblings_are_drawn_independently_at_the_temperature(model, monkeypatch):
+    fake_rewards(monkeypatch)
+    cfg = tree_config(branching=[2, 2], segment_tokens=1, temperature=0.6)
+    generator = torch.Generator().manual_seed(0)
+    tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 3000, cfg, generator)
+    first = [node.ids[0] for node, parent in zip(tree.nodes, tree.parents) if 0 <= parent < 3000]
+    pairs = list(zip(first[::2], first[1::2]))
+    logits = model(torch.tensor([PROMPT])).logits[0, -1] / 0.6
+    probs = logits.softmax(-1).tolist()
+    for a in range(4):
+        for b in range(4):
+            p = probs[a] * probs[b]
+            share = pairs.count((a, b)) / len(pairs)
+            assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / len(pairs)) + 1e-9
+
+
+def test_a_trees_advantage_is_expected_to_be_a_share_of_the_true_one(model, monkeypatch):
+    """E[A(n) | n] = (1 - 1/b) (V(n) - V(parent)), for the mean over siblings includes the node."""
+    fake_rewards(monkeypatch)
+    branching = [3, 2]
+    cfg = tree_config(branching=branching, segment_tokens=1)
+    generator, truth = torch.Generator().manual_seed(0), exact_values(model)
+    tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 6000, cfg, generator)
+    values, advantages = spo.tree_advantages(tree.parents, [node.reward for node in tree.nodes])
+    seen = {}
+    for i in range(6000, len(tree.nodes)):
+        done = tuple([*tree.nodes[i].prompt, *tree.nodes[i].ids][len(PROMPT) :])
+        depth = len(tree.path(i)) - 1
+        seen.setdefault((depth, len(tree.nodes[i].prompt) - len(PROMPT), done), []).append(i)
+    checked = 0
+    for (depth, start, done), nodes in seen.items():
+        if len(nodes) < 300:
+            continue
+        value = truth.get(done, reward_of(done) if done in all_answers() else None)
+        for got, exact in (
+            ([values[i] for i in nodes], value),
+            ([advantages[i] for i in nodes],
+             (1 - 1 / branching[depth - 1]) * (value - truth[done[:start]])),
+        ):  # fmt: skip
+            mean, stderr = common.mean_stderr(got)
+            assert abs(mean - exact) < 4.5 * stderr + 1e-9, (depth, done, mean, exact, stderr)
+            checked += 1
+    assert checked > 20
+
+
+def test_the_nodes_with_credit_are_trained_behind_what_stands_above_them(model, monkeypatch):
+    fake_rewards(monkeypatch)
+    cfg = tree_config(branching=[2, 3], segment_tokens=2, temperature=0.8)
+    generator = torch.Generator().manual_seed(3)
+    tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 8, cfg, generator)
+    credit = spo.credit_trees(model, tree, cfg)
+    rewards = [node.reward for node in tree.nodes]
+    values, advantages = spo.tree_advantages(tree.parents, rewards)
+    kept = [i for i, advantage in enumerate(advantages) if advantage]
+    assert 0 < len(kept) < len(tree.nodes) - 8
+    assert {len(tree.path(i)) - 1 for i in kept} == {1, 2}  # all levels are trained
+    assert len(credit.samples) == len(credit.owners) == len(kept)
+    for s, owner, i in zip(credit.samples, credit.owners, kept):
+        node = tree.nodes[i]
+        assert (s.context, s.ids, owner) == (node.prompt, node.ids, tree.path(i)[0])
+        assert s.advantages == [advantages[i]] * len(node.ids)
+        above = node.prompt[len(PROMPT) :]
+        expected = log_prob(model, above + node.ids, 0.8)[len(above) :].tolist()
+        assert s.old_logprobs == pytest.approx(expected, abs=1e-5)
+    assert credit.accuracy == pytest.approx(sum(values[:8]) / 8)
+    assert credit.tokens == sum(len(node.ids) for node in tree.nodes)
+    leaves = [i for i in range(len(tree.nodes)) if i not in tree.parents]
+    assert len(credit.answers) == len(leaves)
+    for (owner, r, starts, credits), i in zip(credit.answers, leaves):
+        root, *path = tree.path(i)
+        assert owner == root and r.prompt == PROMPT and tuple(r.ids) in all_answers()
+        assert (r.reward, r.finished) == (reward_of(r.ids), r.ids[-1] == END)
+        lengths = [len(tree.nodes[j].ids) for j in path]
+        assert starts == [sum(lengths[:k]) for k in range(len(path))]
+        assert credits == [advantages[j] for j, n in zip(path, lengths) for _ in range(n)]
+
+
+def test_a_tree_without_any_credit_trains_nothing(model, monkeypatch):
+    monkeypatch.setattr(common, "response_reward", lambda *_: 1.0)
+    monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
+    cfg = tree_config(segment_tokens=1)
+    generator = torch.Generator().manual_seed(0)
+    tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 4, cfg, generator)
+    credit = spo.credit_trees(model, tree, cfg)
+    assert (credit.samples, credit.entropy, credit.accuracy) == ([], 0.0, 1.0)
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    metrics = spo.update(model, optimizer, schedule, [], cfg, "seed")
+    assert all(value == 0 for value in metrics.values())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("options", [{}, dict(scale_advantages=True), dict(mask=False)])
+def test_trees_and_update_together_raise_the_exact_expected_reward(model, monkeypatch, options):
+    fake_rewards(monkeypatch)
+    cfg = tree_config(prompts=8, branching=[3, 3], segment_tokens=2, lr=3e-3, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    before = exact_values(model)[()]
+    for step in range(25):
+        tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 8, cfg, generator)
+        credit = spo.credit_trees(model, tree, cfg)
+        spo.update(model, optimizer, schedule, credit.samples, cfg, str(step))
+    assert before < 0.6 and exact_values(model)[()] > 0.85
+
+
+def test_the_siblings_std_is_used_if_asked_for(model, monkeypatch):
+    fake_rewards(monkeypatch)
+    cfg = tree_config(branching=[3, 3], segment_tokens=2)
+    tree = spo.grow_trees(model, None, [(PROMPT, [], "")], cfg, torch.Generator().manual_seed(3))
+    plain = spo.credit_trees(model, tree, cfg).samples
+    cfg.scale_advantages = True
+    scaled = spo.credit_trees(model, tree, cfg).samples
+    assert [s.ids for s in plain] == [s.ids for s in scaled]
+    pairs = [(abs(s.advantages[0]), abs(t.advantages[0])) for s, t in zip(scaled, plain)]
+    assert all(a > b for a, b in pairs)
+
+
+# ---------------------------------------------------------------------------------------- replay
+
+
+def node(i: int) -> dict:
+    return dict(context=[1], ids=[i], advantages=[0.5], old_logprobs=[-1.0])
+
+
+def test_replay_uses_each_node_once_so_many_of_a_problem_and_none_that_is_too_old():
+    cfg = tree_config(replay_age=3, replay_nodes=2)
+    waiting, used = [], []
+    for step in range(6):
+        new = [(step, f"q{step}", node(10 * step + i)) for i in range(5)]
+        samples, waiting = spo.draw_replay(waiting + new, step, cfg, str(step))
+        asked = [s.ids[0] // 10 for s in samples]  # the step in which each was sampled
+        # Five nodes of a problem, two a step: two, two and one, and then nothing is left.
+        recent = {s: n for s, n in zip((step, step - 1, step - 2), (2, 2, 1)) if s >= 0}
+        assert {s: asked.count(s) for s in set(asked)} == recent
+        used += [s.ids[0] for s in samples]
+        assert all(s.advantages == [0.5] and s.old_logprobs == [-1.0] for s in samples)
+    assert len(used) == len(set(used)) == 2 + 4 + 5 * 4
+    assert used[:5] != sorted(used[:5])  # drawn at random
+    again, _ = spo.draw_replay([(0, "q", node(i)) for i in range(9)], 0, cfg, "seed")
+    other, _ = spo.draw_replay([(0, "q", node(i)) for i in range(9)], 0, cfg, "other")
+    assert [s.ids for s in again] != [s.ids for s in other]
+
+
+def test_replay_drops_what_has_waited_too_long():
+    cfg = tree_config(replay_age=2, replay_nodes=1)
+    waiting = [(0, "q", node(i)) for i in range(5)]
+    samples, waiting = spo.draw_replay(waiting, 0, cfg, "0")
+    assert (len(samples), len(waiting)) == (1, 4)
+    samples, waiting = spo.draw_replay(waiting, 1, cfg, "1")
+    assert (len(samples), len(waiting)) == (1, 3)
+    assert spo.draw_replay(waiting, 2, cfg, "2") == ([], [])  # two steps old: dropped
+    alike = [(1, "p", node(1)), (1, "q", node(2)), (1, "q", node(3))]
+    samples, waiting = spo.draw_replay(alike, 1, cfg, "1")  # one of each problem
+    assert sorted(s.ids[0] // 2 for s in samples) == [0, 1] and len(waiting) == 1
+
+
+# ------------------------------------------------------------------------------------ partitions
+
+
+def test_partitions_of_a_hand_worked_answer(tokenizer):
+    ids = [*common.encode(tokenizer, "12+6=18\n18-8=10\n#### 10"), tokenizer.eos_token_id]
+    probs = [1.0] * len(ids)
+    probs[6], probs[14], probs[20] = 0.5, 0.3, 0.8
+    s = Sample([1], ids, None, [math.log(p) for p in probs])
+
+    def starts(**options):
+        return spo.boundaries(s, tokenizer, spo.Config(**options))
+
+    assert starts() == [6, 14, 20] and starts(interval=2) == [6, 20]
+    assert starts(partition="fixed", segment_tokens=10) == [0, 10, 20]
+    assert starts(partition="fixed", segment_tokens=99) == [0]
+    assert starts(partition="newline") == [0, 8, 16]
+    assert starts(partition="trajectory", group_size=2) == [0]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("partition", ["fixed", "newline"])
+def test_other_partitions_estimate_the_value_of_the_prompt_too(
+    model, monkeypatch, partition, mask
+):
+    monkeypatch.setattr(common, "step_starts", lambda ids, *_: list(range(0, len(ids), 2)))
+    monkeypatch.setattr(
+        spo, "estimate_values", lambda *a: ([len(done) / 8 + 0.1 for _, done, _ in a[2]], 0)
+    )
+    cfg = spo.Config(partition=partition, segment_tokens=2, mask=mask)
+    answers = [a for a in all_answers() if len(a) == HORIZON][:20]
+    credit = spo.assign_credit(model, None, rollouts_of(answers), [""] * 20, cfg, None)
+    for owner, r, starts, advantages in credit.answers:
+        assert starts == [0, 2]
+        assert advantages == pytest.approx([0.25] * 2 + [r.reward - 0.35] * 2)
+    trained = spo.trained_tokens(common.collate(credit.samples), cfg)
+    probs = common.collate(credit.samples).old_logprobs.exp()
+    assert torch.equal(trained, probs < 0.9 if mask else torch.ones_like(trained))
+
+
+# ---------------------------------------------------------------------------------------- the KL
+
+
+def test_k3_has_the_value_of_one_kl_and_the_gradient_of_the_other():
+    logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    logp = logits.log_softmax(-1)
+    p = logp.exp().detach()
+    estimates = common.k3(q.log() - logp)
+    assert (estimates >= 0).all()
+    assert (p * estimates).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
+    (p * estimates).sum().backward()  # the samples stay where they are
+    got, logits.grad = logits.grad.clone(), None
+    (q * (q.log() - logits.log_softmax(-1))).sum().backward()  # KL(q || p)
+    assert torch.allclose(got, logits.grad, atol=1e-12)
+    assert common.k3(torch.tensor([0.0, 500.0, -500.0])).isfinite().all()
+
+
+@pytest.mark.parametrize("width", [6, 20, 10_000])
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_kl_pulls_towards_the_reference_over_all_samples(model, monkeypatch, mask, width):
+    """Summed over a sequence's trained tokens, mean over the optimiser step's samples: those
+    without an advantage among them."""
+    cfg = spo.Config(prompts=10, mask=mask, threshold=0.4, kl_coef=0.3, temperature=0.7)
+    cfg.max_grad_norm = 1e9
+    torch.manual_seed(5)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    before = [p.clone() for p in reference.parameters()]
+    samples = random_samples(model, temperature=0.7)
+    model.zero_grad()
+    loss, penalty, count = slow_loss(model, samples, cfg), 0.0, 0
+    for s in samples:
+        new, ref = log_prob(model, s.ids, 0.7), log_prob(reference, s.ids, 0.7).detach()
+        for t, old in enumerate(s.old_logprobs):
+            if not mask or math.exp(old) < 0.4:
+                penalty = penalty + (ref[t] - new[t]).exp() - 1 - (ref[t] - new[t])
+                count += 1
+    (loss + 0.3 * penalty / len(samples)).backward()
+    expected = [p - p.grad for p in model.parameters()]
+    total = (loss + 0.3 * penalty / len(samples)).item()
+    model.zero_grad()
+    true_micro_batches = common.micro_batches
+    monkeypatch.setattr(common, "micro_batches", lambda rows: true_micro_batches(rows, width))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed", reference)
+    for p, q in zip(model.parameters(), expected):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-5)
+    assert metrics["loss"] == pytest.approx(total, abs=1e-5)
+    assert metrics["kl_ref"] == pytest.approx(penalty.item() / count, abs=1e-5)
+    assert all(torch.equal(p, q) for p, q in zip(reference.parameters(), before))
+
+
+def test_minibatches_share_the_samples_evenly(model, monkeypatch):
+    sizes = []
+    true_step = common.optimizer_step
+    monkeypatch.setattr(common, "optimizer_step", lambda *a: sizes.append(1) or true_step(*a))
+    seen = []
+    true_loss = spo.spo_loss
+
+    def spy(logprobs, batch, *args):
+        seen.append(len(batch.mask))
+        return true_loss(logprobs, batch, *args)
+
+    monkeypatch.setattr(spo, "spo_loss", spy)
+    samples = [s for s in random_samples(model, 14) if any(s.advantages)][:11]
+    for batch_size, expected in ((4, [4, 4, 3]), (0, [11]), (11, [11]), (20, [11]), (5, [4, 4, 3])):
+        cfg = tree_config(batch_size=batch_size)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        spo.update(model, optimizer, schedule, samples, cfg, "seed")
+        assert sorted(seen, reverse=True) == expected and len(sizes) == len(expected)
+        seen.clear(), sizes.clear()
+
+
+# --------------------------------------------------------------------------------------- display
+
+
+def shown_chain(tokenizer, text, probs, starts, advantages, **options):
+    problem = common.Problem("12+6-8", "12+6=18\n18-8=10\n#### 10", "10", True)
+    ids = [*common.encode(tokenizer, text), tokenizer.eos_token_id]
+    r = Rollout([1], ids, True, 0.0)
+    logprobs = [math.log(probs.get(t, 1.0)) for t in range(len(ids))]
+    s = Sample([1], ids, advantages, logprobs)
+    answer = spo.Answer(0, r, starts, advantages)
+    credit = spo.Credit([s], [0], [answer], 0.0, 0.0, 0)
+    facts = {(8, -8)}
+    cfg = spo.Config(**options)
+    return spo.show_answer([problem], credit, facts, tokenizer, cfg, colour=False)
+
+
+def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
+    text, length = "12+6=18\n18-8=11\n#### 11", 24
+    advantages = [0.0] * 14 + [-0.5] * (length - 14)
+    probs = {6: 0.5, 14: 0.4, 16: 0.2, 22: 0.7}
+    shown = shown_chain(tokenizer, text, probs, [14], advantages, interval=4)
+    assert "12+6=1'8\n" in shown and "18-8=1|1" in shown and "'#### 1'1<end>\n" in shown
+    cut = shown_chain(tokenizer, text, probs, [6, 14, 16, 22], advantages)
+    assert "'" not in cut.split("  | a segment")[0]
+    # Of four cutpoints one begins a step (16), and one states 18-8 (tokens 13, 14); of all 24
+    # tokens three begin a step.
+    assert "25% begin a step (of all tokens 12%)" in cut
+    assert "25% state what the warm start has learned wrong (of all tokens 8%)" in cut
+    newline = shown_chain(tokenizer, text, probs, [0, 8, 16], advantages, partition="newline")
+    assert "|12+6=1'8" in newline and "|'#### 1" in newline
+
+
+def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "48")
+    problem = common.Problem("12+6-8", "12+6=18\n18-8=10\n#### 10", "10", True)
+    texts = ["12+6=18\n", "12+6=19\n", "18-8=10\n#### 10", "18-8=11\n#### 11"]
+    texts += ["19-8=11\n#### 11", "19-8=11\n#### 11"]
+    prompts = ["", "", texts[0], texts[0], texts[1], texts[1]]
+    root = common.encode(tokenizer, "12+6-8\n")
+    ids = [common.encode(tokenizer, text) for text in texts]
+    above = [[*root, *common.encode(tokenizer, text)] for text in prompts]
+    nodes = [Rollout(root, [], False), Rollout(root, [], False)]
+    nodes += [Rollout(a, i, True, 0.0) for a, i in zip(above, ids)]
+    nodes[4].reward = 1.0
+    tree = spo.Tree(nodes, [-1, -1, 0, 0, 2, 2, 3, 3])
+    answers = [spo.Answer(0, nodes[4], [0], [0.5]), spo.Answer(0, nodes[5], [0], [-0.5])]
+    credit = spo.Credit([], [], answers, 0.0, 0.0, 0)
+    cfg = spo.Config(variant="tree")
+    shown = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
+    assert shown.split("\n") == [
+        "12+6-8   answer 10, V 0.25",
+        "    V 0.50 A +0.25   12+6=18 / ",
+        "        V 1.00 A +0.50   18-8=10 / #### 10",
+        "        V 0.00 A -0.50 ! 18-8=11 / #### 11",
+        "    V 0.00 A -0.25 ! 12+6=19 / ",  # all wrong below: not shown
+        "  ! the first wrong token is in this node",
+    ]
+    monkeypatch.setenv("COLUMNS", "36")
+    narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
+    assert max(map(len, narrow.split("\n")[1:-1])) == 36 and "…" in narrow
+    coloured = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=True)
+    assert "\033[48;5;" in coloured
+
+
 # ------------------------------------------------------------------------------ credit and truth
 
 
@@ -429,7 +900,10 @@ def test_a_config_that_cannot_work_is_refused():
     for bad in (
         dict(interval=0), dict(threshold=0.0), dict(threshold=1.01), dict(temperature=0.0),
         dict(temperature=math.nan), dict(lr=math.inf), dict(group_size=0), dict(batch_size=48),
-        dict(warmup_updates=-1), dict(partition="trajectory"),
+        dict(warmup_updates=-1), dict(partition="trajectory"), dict(branching=[2, 1]),
+        dict(segment_tokens=0), dict(kl_coef=-1.0), dict(kl_coef=math.inf), dict(replay_age=-1),
+        dict(replay_age=2), dict(scale_advantages=True), dict(variant="tree", group_size=2),
+        dict(variant="tree", partition="fixed"), dict(variant="tree", replay_nodes=0),
     ):  # fmt: skip
         with pytest.raises(BadInput):
             spo.Config(**bad)
