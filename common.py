@@ -224,15 +224,37 @@ def extract_answer(text: str) -> str | None:
     return answer
 
 
+LONGEST_ANSWER = 300  # characters; no final answer is longer, and no longer one is taken apart
+
+
+def plain_answer(text: str) -> str:
+    r"""A final answer without what LaTeX and style add to it: spacing, \left and \right, $, \text{},
+    braces around one character, "x = " in front, a period behind.
+
+    >>> plain_answer(r"$x = \dfrac{1}{2}$."), plain_answer(r"\left( 3, \text{none} \right)")
+    ('\\frac12', '( 3,  none )')
+    """
+    text = text.replace("\u2212", "-").replace("~", " ").replace("\\ ", " ")
+    text = re.sub(r"\\(left|right|displaystyle)(?![a-zA-Z])|\\[!,;:()\[\]]|\\?[$%]", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\(?:text[a-z]*|math[a-z]+|mbox)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\{\s*([^\s{}\\])\s*\}", r"\1", text)
+    text = re.sub(r"\^\s*(\\circ|\{\s*\\circ\s*\})|°", "", text)
+    text = re.sub(r"^[\s*]*\\?[a-zA-Z]\w*\s*=(?!.*=)", "", text)
+    return re.sub(r"^\{([^{}]*)\}$", r"\1", text.strip("* \n").rstrip(". "))
+
+
 def parse_number(text: str) -> Fraction | None:
     """The exact value of "1,234", "-0.5", "$18.00", "50%" (as 50), "1/2", "\\frac{1}{2}" or
     "3 apples"; None for anything else. Parsed, never evaluated, and of bounded length."""
-    if len(text) > 300:
+    if len(text) > LONGEST_ANSWER:
         return None
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
-    text = re.sub(r"\\text\s*\{[^{}]*\}|\\[,!;:]|[$%\\]|(?<=\d),(?=\d{3}(?!\d))", "", text)
-    number = r"\s*([+-]?)\s*(\d+\.?\d*|\.\d+)\s*(?:/\s*(\d+))?[a-zA-Z\s]*\.?\s*"
-    match = re.fullmatch(number, text, re.ASCII)
+    part = r"\s*([^\s{}\\]|\{[^{}]*\})"
+    text = re.sub(rf"\\frac{part}{part}", r" \1/\2", plain_answer(text))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[{}]", "", text)
+    unit = r"(?:\s+[a-zA-Z]|[a-zA-Z]{2})[a-zA-Z\s/.]*(?:\^\d)?"  # "2x" is no number
+    number = rf"([+-]?)\s*(\d+\.?\d*|\.\d+)\s*(?:/\s*(\d+))?(?:{unit})?"
+    match = re.fullmatch(number, text.strip(), re.ASCII)
     if not match or (match[3] and int(match[3]) == 0):
         return None
     value = Fraction(match[2]) / int(match[3] or 1)
@@ -240,17 +262,19 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def reward(text: str, answer: str) -> float:
-    """1.0 if the final answer in `text` is `answer`, by value where both are numbers, else 0.0.
+    """1.0 if the final answer in `text` is `answer`, by value where both are numbers, else as text
+    without regard to how LaTeX spaces and decorates it, else 0.0.
 
     >>> reward("#### 1,234", "1234"), reward("#### 1/2", "0.5"), reward("#### 12", "1234")
     (1.0, 1.0, 0.0)
     """
     given = extract_answer(text)
-    if given is None:
-        return 0.0
+    if given is None or max(len(given), len(answer)) > LONGEST_ANSWER:
+        return float(given == answer)
     left, right = parse_number(given), parse_number(answer)
-    if left is None or right is None:
-        return float(given.strip() == answer.strip())
+    if left is None and right is None:  # spaces part only digits: "3 4" is not "34"
+        space = r"\s+(?!\d)|(?<!\d)\s+"
+        left, right = (re.sub(space, "", plain_answer(x)) for x in (given, answer))
     return float(left == right)
 
 
