@@ -9,7 +9,7 @@ mask comes from lengths.
 """
 
 import csv
-import glob
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Iterator, Literal, NamedTuple
 
 import datasets
+import pyarrow.parquet
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ def arg(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def require_range(config, low: float, *names: str, open: bool = False) -> None:
     """Raises BadInput unless the named numbers are finite and at least `low` (above, if `open`)."""
     for name in names:
@@ -68,7 +72,7 @@ class RunConfig:
     """What a run is about, whatever the algorithm. Each script adds its own Config."""
 
     name: str = arg("", "the run's folder is runs/<name>; by default the script's name")
-    data: str = arg("sums", "'sums', the built-in task, or a local .jsonl or .parquet file")
+    data: str = arg("sums", "'sums' (built in), 'gsm8k', 'math', or a local .jsonl or .parquet file")
     model: str = arg("", "folder of a causal LM; by default the built-in policy, warm-started")
     seed: int = arg(0, "fixes problems, warm start, sampling and order")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: cuda where there is one")
@@ -151,56 +155,101 @@ def make_sum(seed: int, split: str, i: int, terms: int) -> Problem:
             return Problem(question, solve_sum(question), str(total), checkable=True)
 
 
+HUB = {  # --data -> (data set, configuration) on the Hugging Face hub
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "default"),
+}
+COLUMNS = (("question", "answer"), ("problem", "solution"))
+
+
 def load_problems(data="sums", split="train", n: int | None = None, seed=0, terms=7):
     """The first `n` problems (None: all; of the built-in task 4,096) of a split: list[Problem].
 
-    data: "sums", or a local file, .parquet or .jsonl (one object a line), with the texts `question`
-    and `answer`, the latter ending in "#### 18" or holding \\boxed{18}. split: "train",
-    "validation" or "test". Raises BadInput, naming file and line, for what cannot be read.
+    data: "sums"; "gsm8k" or "math" from the hub; or a local file, .parquet or .jsonl (one object a
+    line), with the texts `question` and `answer`, or `problem` and `solution`, the latter of each
+    ending in "#### 18" or holding \\boxed{18}. split: "train", "validation" or "test"; of a hub set
+    the test split is its own. Raises BadInput, naming file and line, for what cannot be read.
     """
     if data == "sums":
         return [make_sum(seed, split, i, terms) for i in range(4096 if n is None else n)]
+    if data in HUB:
+        chosen = list(hub_problems(data, "test" if split == "test" else "train"))
+        if split != "test":
+            held_out = split == "validation"
+            chosen = [p for p in chosen if (split_of(p.question) == "validation") == held_out]
+    else:
+        chosen = [p for p in file_problems(data) if split_of(p.question) == split]
+    if not chosen:
+        raise BadInput(f"--data {data}: none of its rows is in the {split} split")
+    return chosen[:n]
+
+
+@functools.lru_cache(maxsize=2)
+def hub_problems(data: str, part: str) -> tuple[Problem, ...]:
+    """A hub set's "train" or "test" rows, without those whose final answer cannot be read."""
+    try:
+        rows = datasets.load_dataset(*HUB[data], split=part).to_list()
+    except Exception as error:
+        raise BadInput(
+            f"--data {data}: {HUB[data][0]} could not be had from the hub ({one_line(error)}); "
+            f"a local .jsonl or .parquet file works too"
+        ) from None
+    read = [problem_of(row) for row in rows]
+    problems = tuple(problem for problem in read if isinstance(problem, Problem))
+    if left_out := len(read) - len(problems):
+        print(f"--data {data}: {left_out} of {len(read):,} {part} rows left out, for no answer")
+    return problems
+
+
+@functools.lru_cache(maxsize=2)  # a run reads its file once, whatever splits it needs
+def file_problems(data: str) -> tuple[Problem, ...]:
+    """The rows of a local file."""
     path = Path(data)
     if not path.is_file():
-        raise BadInput(f"--data {data}: no such file, nor the built-in task 'sums'")
+        known = ", ".join(["sums", *HUB])
+        raise BadInput(f"--data {data}: no such file, nor one of the known sets ({known})")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise BadInput(f"--data {data}: its name must end in .jsonl, .json or .parquet")
-    numbers = None
-    if path.suffix != ".parquet":  # find a broken line first: the reader below does not name it
-        lines = enumerate(path.read_bytes().splitlines(), 1)
-        lines = [(i, line) for i, line in lines if line.strip()]
-        numbers = [i for i, _ in lines]
-        for i, line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{data}, line {i}: not a whole line of JSON ({error})") from None
-            texts = [row.get("question"), row.get("answer")] if isinstance(row, dict) else []
-            if not texts or not all(isinstance(text, str) for text in texts):
-                raise BadInput(f"{data}, line {i}: needs the texts 'question' and 'answer'")
-        if not lines:
-            raise BadInput(f"--data {data}: the file is empty")
-    try:
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        with tempfile.TemporaryDirectory() as cache:
-            files = dict(data_files=glob.escape(str(path)), split="train")
-            rows = datasets.load_dataset(kind, **files, cache_dir=cache).to_list()
-    except Exception as error:
-        reason = str(error.__cause__ or error).split("\n")[0]
-        raise BadInput(f"--data {data}: cannot be read as {kind} ({reason})") from None
     problems = []
-    for i, row in zip(numbers or range(1, len(rows) + 1), rows):
-        question, solution = row.get("question"), row.get("answer")
-        if not isinstance(question, str) or not isinstance(solution, str):
-            raise BadInput(f"{data}, row {i}: needs the texts 'question' and 'answer'")
-        answer = extract_answer(solution)
-        if answer is None:
-            raise BadInput(f"{data}, row {i}: no final answer ('#### 18', '\\boxed{{18}}') to read")
-        problems.append(Problem(question, solution, answer))
-    chosen = [problem for problem in problems if split_of(problem.question) == split]
-    if not chosen:
-        raise BadInput(f"--data {data}: none of its {len(rows)} rows is in the {split} split")
-    return chosen[:n]
+    for place, row in (parquet_rows if path.suffix == ".parquet" else json_rows)(path):
+        problem = problem_of(row)
+        if not isinstance(problem, Problem):
+            raise BadInput(f"{data}, {place}: {problem}")
+        problems.append(problem)
+    if not problems:
+        raise BadInput(f"--data {data}: the file is empty")
+    return tuple(problems)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    for i, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                yield f"line {i}", row
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, line {i}: not a whole line of JSON ({error})") from None
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except Exception as error:
+        raise BadInput(f"--data {path}: cannot be read as parquet ({one_line(error)})") from None
+    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def problem_of(row) -> Problem | str:
+    """A row of a file or hub set as a problem, or what it lacks."""
+    for names in COLUMNS if isinstance(row, dict) else ():
+        question, solution = map(row.get, names)
+        if isinstance(question, str) and isinstance(solution, str):
+            answer = extract_answer(solution)
+            if answer is None:
+                return "no final answer ('#### 18', '\\boxed{18}') to read"
+            return Problem(question, solution, answer)
+    return "needs the texts 'question' and 'answer', or 'problem' and 'solution'"
 
 
 def extract_answer(text: str) -> str | None:
@@ -228,7 +277,7 @@ LONGEST_ANSWER = 300  # characters; no final answer is longer, and no longer one
 
 
 def plain_answer(text: str) -> str:
-    r"""A final answer without what LaTeX and style add to it: spacing, \left and \right, $, \text{},
+    r"""A final answer without what LaTeX and style add to it: spacing, \left and \right, $, \text,
     braces around one character, "x = " in front, a period behind.
 
     >>> plain_answer(r"$x = \dfrac{1}{2}$."), plain_answer(r"\left( 3, \text{none} \right)")
@@ -419,8 +468,7 @@ def load_policy(folder: str | Path, device, dtype: torch.dtype = torch.float32):
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError("the tokenizer has more tokens than the model has embeddings")
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"--model {folder}: cannot load its {part} ({reason})") from None
+        raise BadInput(f"--model {folder}: cannot load its {part} ({one_line(error)})") from None
     model = model.to(device).eval()
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None] % model.config.vocab_size

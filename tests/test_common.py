@@ -16,6 +16,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -551,7 +552,8 @@ ROW = json.dumps(gsm8k_rows(1)[0])
         ("list.jsonl", f"{ROW}\n[1]\n", ["line 2", "question"]),
         ("number.jsonl", f'{ROW}\n\n\n{{"question": "q", "answer": 7}}', ["line 4", "answer"]),
         ("lacking.jsonl", f'{{"question": "q"}}\n{ROW}', ["line 1", "answer"]),
-        ("unmarked.jsonl", f'{ROW}\n\n{{"question": "q", "answer": "7"}}', ["row 3", "####"]),
+        ("unmarked.jsonl", f'{ROW}\n\n{{"question": "q", "answer": "7"}}', ["line 3", "####"]),
+        ("half.jsonl", '{"question": "\\ud800", "answer": "#### 1"}', ["line 1", "surrogate"]),
         ("data.txt", ROW, ["data.txt", ".jsonl", ".parquet"]),
         ("broken.parquet", "PAR1 and no more", ["broken.parquet"]),
         ("unsplit.jsonl", ROW, ["unsplit.jsonl", "SPLIT"]),
@@ -585,6 +587,76 @@ def test_a_bad_parquet_row_is_named(tmp_path, rows, words):
     with pytest.raises(BadInput) as caught:
         common.load_problems(str(tmp_path / "data.parquet"))
     assert all(word in str(caught.value) for word in [*words, "data.parquet"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_file_may_name_its_texts_as_math_does_and_is_read_once(tmp_path, monkeypatch, suffix):
+    rows = [dict(problem=f"q{i}", solution=rf"is \boxed{{{i}}}", level="1") for i in range(60)]
+    write_rows(tmp_path / f"rows{suffix}", rows)
+    reads, extract = [], common.extract_answer
+    monkeypatch.setattr(common, "extract_answer", lambda text: reads.append(text) or extract(text))
+    parts = [common.load_problems(str(tmp_path / f"rows{suffix}"), s) for s in ("train", "test")]
+    assert len(reads) == 60
+    parts.append(common.load_problems(str(tmp_path / f"rows{suffix}"), "validation"))
+    assert sorted(p for part in parts for p in part) == sorted(
+        Problem(row["problem"], row["solution"], str(i)) for i, row in enumerate(rows)
+    )
+
+
+def hub(monkeypatch, rows: dict):
+    """Puts `rows` (split -> list of rows) in the hub's place; returns what is asked of it."""
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows[split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    common.hub_problems.cache_clear()
+    return asked
+
+
+def test_hub_sets_keep_their_own_test_split_and_give_validation_from_train(monkeypatch):
+    rows = {"train": gsm8k_rows(100), "test": gsm8k_rows(130)[100:]}
+    asked = hub(monkeypatch, rows)
+    splits = {s: common.load_problems("gsm8k", s) for s in ("train", "validation", "test")}
+    assert set(asked) == {("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")}
+    assert [p.question for p in splits["test"]] == [row["question"] for row in rows["test"]]
+    kinds = [common.split_of(row["question"]) for row in rows["train"]]
+    assert "test" in kinds and "validation" in kinds
+    for split, held_out in (("train", False), ("validation", True)):
+        expected = [r for r, kind in zip(rows["train"], kinds) if (kind == "validation") == held_out]
+        assert [p.question for p in splits[split]] == [row["question"] for row in expected]
+        assert [p.solution for p in splits[split]] == [row["answer"] for row in expected]
+    assert splits["test"][0].answer == "1,100"
+    assert common.load_problems("gsm8k", "test", 3) == splits["test"][:3]
+    common.hub_problems.cache_clear()
+
+
+def test_hub_rows_without_a_readable_answer_are_counted_and_left_out(monkeypatch, capsys):
+    rows = [dict(problem=f"p{i}", solution=rf"\boxed{{{i}}}", level="2") for i in range(5)]
+    rows[3]["solution"] = r"so 3 \boxed 3"
+    asked = hub(monkeypatch, {"test": rows})
+    assert [p.answer for p in common.load_problems("math", "test")] == ["0", "1", "2", "4"]
+    assert asked == [("DigitalLearningGmbH/MATH-lighteval", "default", "test")]
+    assert capsys.readouterr().out == "--data math: 1 of 5 test rows left out, for no answer\n"
+    common.hub_problems.cache_clear()
+
+
+@pytest.mark.parametrize("data", ["gsm8k", "math"])
+def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch, data):
+    def offline(*_, **__):
+        raise ConnectionError("could not reach it\nmore")
+
+    common.hub_problems.cache_clear()
+    for fake in (None, offline):  # without one: the tests are offline
+        if fake:
+            monkeypatch.setattr(datasets, "load_dataset", fake)
+        with pytest.raises(BadInput) as caught:
+            common.load_problems(data)
+        message = str(caught.value)
+        assert f"--data {data}" in message and "\n" not in message and "local" in message
+    assert "could not reach it" in message
 
 
 # ------------------------------------------------------------------------------------- tokenizer
