@@ -72,8 +72,11 @@ class RunConfig:
     """What a run is about, whatever the algorithm. Each script adds its own Config."""
 
     name: str = arg("", "the run's folder is runs/<name>; by default the script's name")
-    data: str = arg("sums", "'sums' (built in), 'gsm8k', 'math', or a local .jsonl or .parquet file")
-    model: str = arg("", "folder of a causal LM; by default the built-in policy, warm-started")
+    data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
+    model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
+    prompt: str = arg(
+        "auto", "stands below each question; auto: what suits --data; none: nothing; or your text"
+    )
     seed: int = arg(0, "fixes problems, warm start, sampling and order")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: cuda where there is one")
     dtype: Literal["auto", "fp32", "bf16"] = arg("auto", "autocast; auto: bf16 on cuda, else fp32")
@@ -359,8 +362,55 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+INSTRUCTIONS = {  # --data -> what --prompt auto asks of a model; a file's is GSM8K's
+    "sums": "Add up from left to right. Write one step a line and nothing else, in the form\n"
+    "31+4=35\nand after the last step a line with the total, in the form\n#### 35",
+    "gsm8k": "Work this out step by step, each step on a line of its own. End with one more line, "
+    "which is\n#### \nfollowed by the answer as a plain number.",
+    "math": "Reason step by step, each step on a line of its own, and put the final answer, and "
+    "nothing else, in \\boxed{}.",
+}
+
+
+def instruction(run: RunConfig, tokenizer) -> str:
+    """What stands below each question. The built-in policy learns its form from examples."""
+    own = INSTRUCTIONS.get(run.data, INSTRUCTIONS["gsm8k"])
+    built_in = tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    return {"auto": "" if built_in else own, "none": ""}.get(run.prompt, run.prompt)
+
+
+MARK = "2718281828"  # stands in a chat template for the text: templates trim or escape, not this
+
+
+def user_turn(tokenizer, text: str) -> list[int]:
+    """Ids of `text` as the user's message, up to where the reply begins: in the chat template if
+    there is one, else with a line break behind.
+
+    The template may hold control tokens; their names inside `text` are read as plain text. In front
+    stands one bos if the tokenizer puts one before any text, whatever the template does.
+    """
+    before, after = "", "\n"
+    if tokenizer.chat_template:
+        chat = [dict(role="user", content=MARK)]
+        shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if MARK in shown:
+            (before, _, after), text = shown.partition(MARK), text.strip()
+
+    def read(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False).input_ids
+
+    if encode(tokenizer, text) == read(text):  # as a whole, for tokens may span the seams
+        ids = read(before + text + after)
+    else:
+        ids = [*read(before), *encode(tokenizer, text), *read(after)]
+    start = tokenizer("").input_ids[:1]
+    return start + ids if start == [tokenizer.bos_token_id] != ids[:1] else ids
+
+
 def prompt_ids(tokenizer, problem: Problem) -> list[int]:
-    return encode(tokenizer, problem.question + "\n")
+    """Ids of a question and, if a run has hung one on the tokenizer, the instruction below it."""
+    texts = problem.question, getattr(tokenizer, "instruction", "")
+    return user_turn(tokenizer, "\n\n".join(filter(None, texts)))
 
 
 def initial_state(tokenizer, problem: Problem) -> tuple[list[int], list[int], str]:
@@ -406,11 +456,13 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     warm start leaves none.
     """
     tokenizer = build_tokenizer()
+    tokenizer.instruction = instruction(run, tokenizer)
     torch.manual_seed(run.seed)
     model = build_policy(len(tokenizer)).to(device)
     model.compute_dtype = dtype
     recipe = [run.seed, run.terms, run.warm_start_steps, WRONG_FACTS, ERROR_RATE, device.type]
     recipe += [str(dtype), model.config.to_json_string(), [p[:2] for p in problems]]
+    recipe += filter(None, [tokenizer.instruction])
     name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = Path("runs", "warm_start", name)
     if folder.is_dir():
@@ -953,6 +1005,7 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
     if run.resume or (run.eval_only and not run.model):
         source = find_checkpoint(folder)
     model, tokenizer = load_policy(source or warm_start(run, train, device, dtype), device, dtype)
+    tokenizer.instruction = instruction(run, tokenizer)
     for problem in train + test:
         if (length := len(prompt_ids(tokenizer, problem))) >= window(model):
             raise BadInput(
