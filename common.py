@@ -12,6 +12,7 @@ import csv
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -36,14 +37,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said in one line here
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 class BadInput(Exception):
@@ -365,9 +367,9 @@ def encode(tokenizer, text: str) -> list[int]:
 INSTRUCTIONS = {  # --data -> what --prompt auto asks of a model; a file's is GSM8K's
     "sums": "Add up from left to right. Write one step a line and nothing else, in the form\n"
     "31+4=35\nand after the last step a line with the total, in the form\n#### 35",
-    "gsm8k": "Work this out step by step, each step on a line of its own. End with one more line, "
-    "which is\n#### \nfollowed by the answer as a plain number.",
-    "math": "Reason step by step, each step on a line of its own, and put the final answer, and "
+    "gsm8k": "Work this out step by step, each step on a line of its own. Then write one last line: "
+    "#### and the answer as a plain number.",
+    "math": "Reason step by step, each step on a line of its own. Then put the final answer, and "
     "nothing else, in \\boxed{}.",
 }
 
@@ -496,45 +498,61 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     return folder
 
 
-def load_policy(folder: str | Path, device, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) from a Hugging Face folder: fp32 weights, forward passes in `dtype`.
+def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) from a Hugging Face folder or hub id: fp32 weights, whatever they are
+    stored in, and forward passes in `dtype`. Weights are safetensors, and no code of the model's
+    own is run.
 
     The model stays in eval mode: with dropout on, old and new log-probs would be those of two
-    different networks. Raises BadInput for a folder without config, tokenizer or weights, and for
-    a model whose logits are more than lm_head(hidden state), which `token_logprobs` would not see.
+    different networks. Of its generation_config only the ids that end an answer are kept: the rest
+    shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
+    lacks config, tokenizer or weights, is no text-only decoder, has a chat template that does not
+    work, or whose logits are more than lm_head(hidden state), which `token_logprobs` would not see.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"--model {folder}: holds no config.json, so it is no model folder")
-    part = "tokenizer"
+    local = Path(source).is_dir()
+    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
+    options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+            raise ValueError(f"{config.model_type} is not a text-only decoder")
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token")
+        part = "chat template"
+        user_turn(tokenizer, "1+1")
         part = "weights"
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
         if info["missing_keys"]:  # transformers would make them up at random
             raise ValueError(f"there is no {min(info['missing_keys'])}")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError("the tokenizer has more tokens than the model has embeddings")
     except Exception as error:
-        raise BadInput(f"--model {folder}: cannot load its {part} ({one_line(error)})") from None
+        where = "" if local else "no such folder here; as a hub id: "
+        reason = f"{where}cannot load its {part} ({one_line(error)})"
+        raise BadInput(f"--model {source}: {reason}") from None
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(model, tokenizer)))
     model = model.to(device).eval()
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None] % model.config.vocab_size
         logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
         if (model(ids).logits - logits).abs().max() > 1e-5 * logits.abs().max():
-            raise BadInput(f"--model {folder}: rescales or caps its logits; not supported here")
+            raise BadInput(f"--model {source}: rescales or caps its logits; not supported here")
     model.compute_dtype = dtype
     return model, tokenizer
 
 
 def eos_ids(model, tokenizer) -> set[int]:
-    """Every id that ends an answer: the tokenizer's, and those the checkpoint generates with."""
-    listed = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    """Every id that ends an answer: the tokenizer's, and those of the checkpoint's configs."""
+    ids = {tokenizer.eos_token_id}
+    for config in (model.generation_config, model.config):
+        listed = getattr(config, "eos_token_id", None)
+        ids |= set(listed if isinstance(listed, list) else [listed])
+    return ids - {None}
 
 
 def window(model) -> int:
@@ -1004,6 +1022,8 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
     source = run.model
     if run.resume or (run.eval_only and not run.model):
         source = find_checkpoint(folder)
+    elif run.model and not Path(run.model).exists():
+        print(f"model: {run.model}, from the hub or its cache here")
     model, tokenizer = load_policy(source or warm_start(run, train, device, dtype), device, dtype)
     tokenizer.instruction = instruction(run, tokenizer)
     for problem in train + test:
