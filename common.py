@@ -367,8 +367,8 @@ def encode(tokenizer, text: str) -> list[int]:
 INSTRUCTIONS = {  # --data -> what --prompt auto asks of a model; a file's is GSM8K's
     "sums": "Add up from left to right. Write one step a line and nothing else, in the form\n"
     "31+4=35\nand after the last step a line with the total, in the form\n#### 35",
-    "gsm8k": "Work this out step by step, each step on a line of its own. Then write one last line: "
-    "#### and the answer as a plain number.",
+    "gsm8k": "Work this out step by step, each step on a line of its own. Then write one last "
+    "line: #### and the answer as a plain number.",
     "math": "Reason step by step, each step on a line of its own. Then put the final answer, and "
     "nothing else, in \\boxed{}.",
 }

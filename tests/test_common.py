@@ -326,8 +326,8 @@ def test_reward_goes_by_value(text, answer, right):
 
 
 PIECES_OF_ANSWERS = [
-    "\\boxed{", "\\boxed ", "\\frac{", "\\frac", "\\text{", "\\text", "\\left", "\\mathrm{a", "####",
-    "}", "{", "{ x", "/", ",", "1,", ".", "9", "1" * 300, " ", "\n", "\t", "%", "$", "+", "-", "=",
+    "\\boxed{", "\\boxed ", "\\frac{", "\\frac", "\\text{", "\\text", "\\left", "\\mathrm{a",
+    "####", "}", "{", "{ x", "/", ",", "1,", ".", "9", "1" * 300, " ", "\n", "\t", "%", "$", "+", "-", "=",
     "x =", "^", "^ ", "\\circ", "\\ ", "**", "e99", "٣", "²", "\u2212", "°", "~", "\0", "\\", "a",
 ]  # fmt: skip
 
@@ -625,7 +625,8 @@ def test_hub_sets_keep_their_own_test_split_and_give_validation_from_train(monke
     kinds = [common.split_of(row["question"]) for row in rows["train"]]
     assert "test" in kinds and "validation" in kinds
     for split, held_out in (("train", False), ("validation", True)):
-        expected = [r for r, kind in zip(rows["train"], kinds) if (kind == "validation") == held_out]
+        kept = [(kind == "validation") == held_out for kind in kinds]
+        expected = [row for row, keep in zip(rows["train"], kept) if keep]
         assert [p.question for p in splits[split]] == [row["question"] for row in expected]
         assert [p.solution for p in splits[split]] == [row["answer"] for row in expected]
     assert splits["test"][0].answer == "1,100"
