@@ -10,9 +10,10 @@ mask comes from lengths.
 
 import copy
 import csv
-import glob
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -20,7 +21,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Iterator, Literal, NamedTuple
 
 import datasets
+import pyarrow.parquet
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -39,14 +40,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said in one line here
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 class BadInput(Exception):
@@ -58,6 +60,10 @@ def arg(default, help: str):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def require_range(config, low: float, *names: str, open: bool = False) -> None:
@@ -73,8 +79,11 @@ class RunConfig:
     """What a run is about, whatever the algorithm. Each script adds its own Config."""
 
     name: str = arg("", "the run's folder is runs/<name>; by default the script's name")
-    data: str = arg("sums", "'sums', the built-in task, or a local .jsonl or .parquet file")
-    model: str = arg("", "folder of a causal LM; by default the built-in policy, warm-started")
+    data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
+    model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
+    prompt: str = arg(
+        "auto", "stands below each question; auto: what suits --data; none: nothing; or your text"
+    )
     seed: int = arg(0, "fixes problems, warm start, sampling and order")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: cuda where there is one")
     dtype: Literal["auto", "fp32", "bf16"] = arg("auto", "autocast; auto: bf16 on cuda, else fp32")
@@ -156,56 +165,101 @@ def make_sum(seed: int, split: str, i: int, terms: int) -> Problem:
             return Problem(question, solve_sum(question), str(total), checkable=True)
 
 
+HUB = {  # --data -> (data set, configuration) on the Hugging Face hub
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "default"),
+}
+COLUMNS = (("question", "answer"), ("problem", "solution"))
+
+
 def load_problems(data="sums", split="train", n: int | None = None, seed=0, terms=7):
     """The first `n` problems (None: all; of the built-in task 4,096) of a split: list[Problem].
 
-    data: "sums", or a local file, .parquet or .jsonl (one object a line), with the texts `question`
-    and `answer`, the latter ending in "#### 18" or holding \\boxed{18}. split: "train",
-    "validation" or "test". Raises BadInput, naming file and line, for what cannot be read.
+    data: "sums"; "gsm8k" or "math" from the hub; or a local file, .parquet or .jsonl (one object a
+    line), with the texts `question` and `answer`, or `problem` and `solution`, the latter of each
+    ending in "#### 18" or holding \\boxed{18}. split: "train", "validation" or "test"; of a hub set
+    the test split is its own. Raises BadInput, naming file and line, for what cannot be read.
     """
     if data == "sums":
         return [make_sum(seed, split, i, terms) for i in range(4096 if n is None else n)]
+    if data in HUB:
+        chosen = list(hub_problems(data, "test" if split == "test" else "train"))
+        if split != "test":
+            held_out = split == "validation"
+            chosen = [p for p in chosen if (split_of(p.question) == "validation") == held_out]
+    else:
+        chosen = [p for p in file_problems(data) if split_of(p.question) == split]
+    if not chosen:
+        raise BadInput(f"--data {data}: none of its rows is in the {split} split")
+    return chosen[:n]
+
+
+@functools.lru_cache(maxsize=2)
+def hub_problems(data: str, part: str) -> tuple[Problem, ...]:
+    """A hub set's "train" or "test" rows, without those whose final answer cannot be read."""
+    try:
+        rows = datasets.load_dataset(*HUB[data], split=part).to_list()
+    except Exception as error:
+        raise BadInput(
+            f"--data {data}: {HUB[data][0]} could not be had from the hub ({one_line(error)}); "
+            f"a local .jsonl or .parquet file works too"
+        ) from None
+    read = [problem_of(row) for row in rows]
+    problems = tuple(problem for problem in read if isinstance(problem, Problem))
+    if left_out := len(read) - len(problems):
+        print(f"--data {data}: {left_out} of {len(read):,} {part} rows left out, for no answer")
+    return problems
+
+
+@functools.lru_cache(maxsize=2)  # a run reads its file once, whatever splits it needs
+def file_problems(data: str) -> tuple[Problem, ...]:
+    """The rows of a local file."""
     path = Path(data)
     if not path.is_file():
-        raise BadInput(f"--data {data}: no such file, nor the built-in task 'sums'")
+        known = ", ".join(["sums", *HUB])
+        raise BadInput(f"--data {data}: no such file, nor one of the known sets ({known})")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise BadInput(f"--data {data}: its name must end in .jsonl, .json or .parquet")
-    numbers = None
-    if path.suffix != ".parquet":  # find a broken line first: the reader below does not name it
-        lines = enumerate(path.read_bytes().splitlines(), 1)
-        lines = [(i, line) for i, line in lines if line.strip()]
-        numbers = [i for i, _ in lines]
-        for i, line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{data}, line {i}: not a whole line of JSON ({error})") from None
-            texts = [row.get("question"), row.get("answer")] if isinstance(row, dict) else []
-            if not texts or not all(isinstance(text, str) for text in texts):
-                raise BadInput(f"{data}, line {i}: needs the texts 'question' and 'answer'")
-        if not lines:
-            raise BadInput(f"--data {data}: the file is empty")
-    try:
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        with tempfile.TemporaryDirectory() as cache:
-            files = dict(data_files=glob.escape(str(path)), split="train")
-            rows = datasets.load_dataset(kind, **files, cache_dir=cache).to_list()
-    except Exception as error:
-        reason = str(error.__cause__ or error).split("\n")[0]
-        raise BadInput(f"--data {data}: cannot be read as {kind} ({reason})") from None
     problems = []
-    for i, row in zip(numbers or range(1, len(rows) + 1), rows):
-        question, solution = row.get("question"), row.get("answer")
-        if not isinstance(question, str) or not isinstance(solution, str):
-            raise BadInput(f"{data}, row {i}: needs the texts 'question' and 'answer'")
-        answer = extract_answer(solution)
-        if answer is None:
-            raise BadInput(f"{data}, row {i}: no final answer ('#### 18', '\\boxed{{18}}') to read")
-        problems.append(Problem(question, solution, answer))
-    chosen = [problem for problem in problems if split_of(problem.question) == split]
-    if not chosen:
-        raise BadInput(f"--data {data}: none of its {len(rows)} rows is in the {split} split")
-    return chosen[:n]
+    for place, row in (parquet_rows if path.suffix == ".parquet" else json_rows)(path):
+        problem = problem_of(row)
+        if not isinstance(problem, Problem):
+            raise BadInput(f"{data}, {place}: {problem}")
+        problems.append(problem)
+    if not problems:
+        raise BadInput(f"--data {data}: the file is empty")
+    return tuple(problems)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    for i, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                yield f"line {i}", row
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, line {i}: not a whole line of JSON ({error})") from None
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except Exception as error:
+        raise BadInput(f"--data {path}: cannot be read as parquet ({one_line(error)})") from None
+    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def problem_of(row) -> Problem | str:
+    """A row of a file or hub set as a problem, or what it lacks."""
+    for names in COLUMNS if isinstance(row, dict) else ():
+        question, solution = map(row.get, names)
+        if isinstance(question, str) and isinstance(solution, str):
+            answer = extract_answer(solution)
+            if answer is None:
+                return "no final answer ('#### 18', '\\boxed{18}') to read"
+            return Problem(question, solution, answer)
+    return "needs the texts 'question' and 'answer', or 'problem' and 'solution'"
 
 
 def extract_answer(text: str) -> str | None:
@@ -229,15 +283,37 @@ def extract_answer(text: str) -> str | None:
     return answer
 
 
+LONGEST_ANSWER = 300  # characters; no final answer is longer, and no longer one is taken apart
+
+
+def plain_answer(text: str) -> str:
+    r"""A final answer without what LaTeX and style add to it: spacing, \left and \right, $, \text,
+    braces around one character, "x = " in front, a period behind.
+
+    >>> plain_answer(r"$x = \dfrac{1}{2}$."), plain_answer(r"\left( 3, \text{none} \right)")
+    ('\\frac12', '( 3,  none )')
+    """
+    text = text.replace("\u2212", "-").replace("~", " ").replace("\\ ", " ")
+    text = re.sub(r"\\(left|right|displaystyle)(?![a-zA-Z])|\\[!,;:()\[\]]|\\?[$%]", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\(?:text[a-z]*|math[a-z]+|mbox)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\{\s*([^\s{}\\])\s*\}", r"\1", text)
+    text = re.sub(r"\^\s*(\\circ|\{\s*\\circ\s*\})|°", "", text)
+    text = re.sub(r"^[\s*]*\\?[a-zA-Z]\w*\s*=(?!.*=)", "", text)
+    return re.sub(r"^\{([^{}]*)\}$", r"\1", text.strip("* \n").rstrip(". "))
+
+
 def parse_number(text: str) -> Fraction | None:
     """The exact value of "1,234", "-0.5", "$18.00", "50%" (as 50), "1/2", "\\frac{1}{2}" or
     "3 apples"; None for anything else. Parsed, never evaluated, and of bounded length."""
-    if len(text) > 300:
+    if len(text) > LONGEST_ANSWER:
         return None
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
-    text = re.sub(r"\\text\s*\{[^{}]*\}|\\[,!;:]|[$%\\]|(?<=\d),(?=\d{3}(?!\d))", "", text)
-    number = r"\s*([+-]?)\s*(\d+\.?\d*|\.\d+)\s*(?:/\s*(\d+))?[a-zA-Z\s]*\.?\s*"
-    match = re.fullmatch(number, text, re.ASCII)
+    part = r"\s*([^\s{}\\]|\{[^{}]*\})"
+    text = re.sub(rf"\\frac{part}{part}", r" \1/\2", plain_answer(text))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[{}]", "", text)
+    unit = r"(?:\s+[a-zA-Z]|[a-zA-Z]{2})[a-zA-Z\s/.]*(?:\^\d)?"  # "2x" is no number
+    number = rf"([+-]?)\s*(\d+\.?\d*|\.\d+)\s*(?:/\s*(\d+))?(?:{unit})?"
+    match = re.fullmatch(number, text.strip(), re.ASCII)
     if not match or (match[3] and int(match[3]) == 0):
         return None
     value = Fraction(match[2]) / int(match[3] or 1)
@@ -245,17 +321,19 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def reward(text: str, answer: str) -> float:
-    """1.0 if the final answer in `text` is `answer`, by value where both are numbers, else 0.0.
+    """1.0 if the final answer in `text` is `answer`, by value where both are numbers, else as text
+    without regard to how LaTeX spaces and decorates it, else 0.0.
 
     >>> reward("#### 1,234", "1234"), reward("#### 1/2", "0.5"), reward("#### 12", "1234")
     (1.0, 1.0, 0.0)
     """
     given = extract_answer(text)
-    if given is None:
-        return 0.0
+    if given is None or max(len(given), len(answer)) > LONGEST_ANSWER:
+        return float(given == answer)
     left, right = parse_number(given), parse_number(answer)
-    if left is None or right is None:
-        return float(given.strip() == answer.strip())
+    if left is None and right is None:  # spaces part only digits: "3 4" is not "34"
+        space = r"\s+(?!\d)|(?<!\d)\s+"
+        left, right = (re.sub(space, "", plain_answer(x)) for x in (given, answer))
     return float(left == right)
 
 
@@ -381,8 +459,55 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+INSTRUCTIONS = {  # --data -> what --prompt auto asks of a model; a file's is GSM8K's
+    "sums": "Add up from left to right. Write one step a line and nothing else, in the form\n"
+    "31+4=35\nand after the last step a line with the total, in the form\n#### 35",
+    "gsm8k": "Work this out step by step, each step on a line of its own. Then write one last "
+    "line: #### and the answer as a plain number.",
+    "math": "Reason step by step, each step on a line of its own. Then put the final answer, and "
+    "nothing else, in \\boxed{}.",
+}
+
+
+def instruction(run: RunConfig, tokenizer) -> str:
+    """What stands below each question. The built-in policy learns its form from examples."""
+    own = INSTRUCTIONS.get(run.data, INSTRUCTIONS["gsm8k"])
+    built_in = tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    return {"auto": "" if built_in else own, "none": ""}.get(run.prompt, run.prompt)
+
+
+MARK = "2718281828"  # stands in a chat template for the text: templates trim or escape, not this
+
+
+def user_turn(tokenizer, text: str) -> list[int]:
+    """Ids of `text` as the user's message, up to where the reply begins: in the chat template if
+    there is one, else with a line break behind.
+
+    The template may hold control tokens; their names inside `text` are read as plain text. In front
+    stands one bos if the tokenizer puts one before any text, whatever the template does.
+    """
+    before, after = "", "\n"
+    if tokenizer.chat_template:
+        chat = [dict(role="user", content=MARK)]
+        shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if MARK in shown:
+            (before, _, after), text = shown.partition(MARK), text.strip()
+
+    def read(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False).input_ids
+
+    if encode(tokenizer, text) == read(text):  # as a whole, for tokens may span the seams
+        ids = read(before + text + after)
+    else:
+        ids = [*read(before), *encode(tokenizer, text), *read(after)]
+    start = tokenizer("").input_ids[:1]
+    return start + ids if start == [tokenizer.bos_token_id] != ids[:1] else ids
+
+
 def prompt_ids(tokenizer, problem: Problem) -> list[int]:
-    return encode(tokenizer, problem.question + "\n")
+    """Ids of a question and, if a run has hung one on the tokenizer, the instruction below it."""
+    texts = problem.question, getattr(tokenizer, "instruction", "")
+    return user_turn(tokenizer, "\n\n".join(filter(None, texts)))
 
 
 def initial_state(tokenizer, problem: Problem) -> tuple[list[int], list[int], str]:
@@ -428,11 +553,13 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     warm start leaves none.
     """
     tokenizer = build_tokenizer()
+    tokenizer.instruction = instruction(run, tokenizer)
     torch.manual_seed(run.seed)
     model = build_policy(len(tokenizer)).to(device)
     model.compute_dtype = dtype
     recipe = [run.seed, run.terms, run.warm_start_steps, WRONG_FACTS, ERROR_RATE, device.type]
     recipe += [str(dtype), model.config.to_json_string(), [p[:2] for p in problems]]
+    recipe += filter(None, [tokenizer.instruction])
     name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = Path("runs", "warm_start", name)
     if folder.is_dir():
@@ -466,46 +593,61 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     return folder
 
 
-def load_policy(folder: str | Path, device, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) from a Hugging Face folder: fp32 weights, forward passes in `dtype`.
+def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) from a Hugging Face folder or hub id: fp32 weights, whatever they are
+    stored in, and forward passes in `dtype`. Weights are safetensors, and no code of the model's
+    own is run.
 
     The model stays in eval mode: with dropout on, old and new log-probs would be those of two
-    different networks. Raises BadInput for a folder without config, tokenizer or weights, and for
-    a model whose logits are more than lm_head(hidden state), which `token_logprobs` would not see.
+    different networks. Of its generation_config only the ids that end an answer are kept: the rest
+    shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
+    lacks config, tokenizer or weights, is no text-only decoder, has a chat template that does not
+    work, or whose logits are more than lm_head(hidden state), which `token_logprobs` would not see.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"--model {folder}: holds no config.json, so it is no model folder")
-    part = "tokenizer"
+    local = Path(source).is_dir()
+    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
+    options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+            raise ValueError(f"{config.model_type} is not a text-only decoder")
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token")
+        part = "chat template"
+        user_turn(tokenizer, "1+1")
         part = "weights"
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
         if info["missing_keys"]:  # transformers would make them up at random
             raise ValueError(f"there is no {min(info['missing_keys'])}")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError("the tokenizer has more tokens than the model has embeddings")
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"--model {folder}: cannot load its {part} ({reason})") from None
+        where = "" if local else "no such folder here; as a hub id: "
+        reason = f"{where}cannot load its {part} ({one_line(error)})"
+        raise BadInput(f"--model {source}: {reason}") from None
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(model, tokenizer)))
     model = model.to(device).eval()
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None] % model.config.vocab_size
         logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
         if (model(ids).logits - logits).abs().max() > 1e-5 * logits.abs().max():
-            raise BadInput(f"--model {folder}: rescales or caps its logits; not supported here")
+            raise BadInput(f"--model {source}: rescales or caps its logits; not supported here")
     model.compute_dtype = dtype
     return model, tokenizer
 
 
 def eos_ids(model, tokenizer) -> set[int]:
-    """Every id that ends an answer: the tokenizer's, and those the checkpoint generates with."""
-    listed = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    """Every id that ends an answer: the tokenizer's, and those of the checkpoint's configs."""
+    ids = {tokenizer.eos_token_id}
+    for config in (model.generation_config, model.config):
+        listed = getattr(config, "eos_token_id", None)
+        ids |= set(listed if isinstance(listed, list) else [listed])
+    return ids - {None}
 
 
 def window(model) -> int:
@@ -998,7 +1140,10 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
     source = run.model
     if run.resume or (run.eval_only and not run.model):
         source = find_checkpoint(folder)
+    elif run.model and not Path(run.model).exists():
+        print(f"model: {run.model}, from the hub or its cache here")
     model, tokenizer = load_policy(source or warm_start(run, train, device, dtype), device, dtype)
+    tokenizer.instruction = instruction(run, tokenizer)
     for problem in train + test:
         if (length := len(prompt_ids(tokenizer, problem))) >= window(model):
             raise BadInput(

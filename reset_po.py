@@ -237,20 +237,13 @@ def localize_prompt(model, tokenizer, questions, seeds, starts, cfg: Config, gen
     """The step that the policy names when asked, for each seed, and the tokens it wrote.
 
     The question goes through the chat template if there is one; if it leaves no room for a reply,
-    the step is 1. What the template adds may hold special tokens; question and attempt may not,
-    whatever the policy wrote.
+    the step is 1. Whatever the policy wrote, no word of question or attempt is a control token.
     """
     prompts, rooms = [], []
     for question, s, cuts in zip(questions, seeds, starts):
         spans = zip(cuts, [*cuts[1:], len(s.ids)])
         steps = [tokenizer.decode(s.ids[a:b], skip_special_tokens=True).strip() for a, b in spans]
-        text = localisation_prompt(question, steps)
-        ids = common.encode(tokenizer, text + "\n")
-        if tokenizer.chat_template:
-            chat, form = [dict(role="user", content=text)], dict(add_generation_prompt=True)
-            around = tokenizer.apply_chat_template(chat, tokenize=False, **form).partition(text)
-            before, after = (tokenizer(x, add_special_tokens=False).input_ids for x in around[::2])
-            ids = [*before, *common.encode(tokenizer, text), *after]
+        ids = common.user_turn(tokenizer, localisation_prompt(question, steps))
         room = common.answer_budget(model, ids, cfg.localiser_tokens)
         prompts.append(ids if room > 0 else ids[:1])
         rooms.append(max(0, room))

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 import socket
@@ -13,7 +14,9 @@ import statistics
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -219,6 +222,41 @@ def test_the_answer_is_the_last_marked_one(text, answer):
         (r"-\dfrac{3}{4}", Fraction(-3, 4)),
         ("3 apples", 3),
         (r"5\text{ cm}", 5),
+        ("5 cm^2", 5),
+        (r"5\text{ cm}^{2}", 5),
+        (r"5\,\mathrm{km/h}", 5),
+        ("5 miles/hour", 5),
+        ("18 square units.", 18),
+        (r"3^\circ", 3),
+        (r"3^{\circ}", 3),
+        ("3°", 3),
+        ("\u22125", -5),
+        ("- 5", -5),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("$1{,}234.50$", Fraction(2469, 2)),
+        (r"10,\!000", 10_000),
+        (r"\(18\)", 18),
+        ("**18**", 18),
+        ("{18}", 18),
+        (r"\text{18}", 18),
+        ("x = 5", 5),
+        ("x_{1}=-5", -5),
+        (r"\theta = 30^\circ", 30),
+        ("x = y = 5", None),
+        (r"\frac12", Fraction(1, 2)),
+        (r"\frac1{2}", Fraction(1, 2)),
+        (r"\tfrac{1}2", Fraction(1, 2)),
+        (r"\frac{-1}{23}", Fraction(-1, 23)),
+        (r"\frac{1{,}000}{3}", Fraction(1000, 3)),
+        (r"\frac 3 4", Fraction(3, 4)),
+        (r"\frac{1}{0}", None),
+        (r"\frac{\frac12}{3}", None),
+        ("3/4 cups", Fraction(3, 4)),
+        ("2x", None),
+        (r"2\pi", None),
+        ("12:30", None),
+        ("(5, 6)", None),
         ("0.1", Fraction(1, 10)),  # exactly, which no float is
         ("1" * 40, int("1" * 40)),
         ("1/0", None),
@@ -259,6 +297,25 @@ def test_numbers_are_read_exactly_or_not_at_all(text, value):
         ("#### none", "7", 0.0),
         ("#### 1/0", "1/0", 1.0),  # the same text
         ("7", "7", 0.0),  # unmarked
+        ("#### 3 4", "34", 0.0),
+        ("#### 1 1/2", "11/2", 0.0),
+        ("#### (3 4)", "(34)", 0.0),
+        (r"\boxed{\text{(C)}}", "(C)", 1.0),
+        (r"\boxed{\text{(C)}}", "(B)", 0.0),
+        (r"\boxed{\left[ 0,\, \infty \right)}", r"[0,\infty)", 1.0),
+        (r"\boxed{[0, \infty]}", r"[0,\infty)", 0.0),
+        (r"\boxed{2 \sqrt{3}}", r"2\sqrt 3", 1.0),
+        (r"\boxed{2\sqrt{3}}", r"3\sqrt{2}", 0.0),
+        (r"\boxed{\dfrac{\sqrt{3}}{2}}", r"\frac{\sqrt3}2", 1.0),
+        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"(3,\dfrac{\pi}{2})", 1.0),
+        (r"\boxed{x^{2} + 1}", "$x^2+1$", 1.0),
+        (r"\boxed{x^{23}}", "x^23", 0.0),  # x^2 times 3
+        (r"\boxed{y = 2x + 3}", "2x+3", 1.0),
+        (r"\boxed{2x}", "2", 0.0),
+        (r"\boxed{\leftarrow}", "arrow", 0.0),
+        (r"\boxed{11\text{ and }12}", "11 and 12", 1.0),
+        ("#### " + "7" * 301, "7" * 301, 1.0),  # too long to take apart, but the same text
+        ("#### +" + "7" * 301, "7" * 301, 0.0),
         ("#### 7\n#### 8", "7", 0.0),
         ("#### 99**98**97", "1", 0.0),
         ("#### " + "9" * 5000, "9", 0.0),
@@ -268,20 +325,66 @@ def test_reward_goes_by_value(text, answer, right):
     assert common.reward(text, answer) == right
 
 
+PIECES_OF_ANSWERS = [
+    "\\boxed{", "\\boxed ", "\\frac{", "\\frac", "\\text{", "\\text", "\\left", "\\mathrm{a",
+    "####", "}", "{", "{ x", "/", ",", "1,", ".", "9", "1" * 300, " ", "\n", "\t", "%", "$", "+", "-", "=",
+    "x =", "^", "^ ", "\\circ", "\\ ", "**", "e99", "٣", "²", "\u2212", "°", "~", "\0", "\\", "a",
+]  # fmt: skip
+
+
 def test_no_text_raises_or_takes_long():
     rng = random.Random(0)
-    parts = ["\\boxed{", "\\frac{", "####", "}", "{", "/", ",", ".", "9", "1" * 300, " ", "\n", "%",
-             "-", "**", "e99", "٣", "²", "\\text{", "\0", "\\"]  # fmt: skip
-    texts = ["".join(rng.choices(parts, k=rng.randint(1, 30))) for _ in range(1500)]
+    texts = ["".join(rng.choices(PIECES_OF_ANSWERS, k=rng.randint(1, 30))) for _ in range(1500)]
     texts += [rng.randbytes(rng.randint(0, 60)).decode("latin-1") for _ in range(1500)]
-    texts += ["\\boxed{" * 300, "9" * 100_000, "1," * 50_000, "\\frac{1}" * 20_000]
-    texts += ["#### 99**98**97", "#### 1e999999", "#### 9**9**9**9", "1/" * 50_000]
+    texts += ["#### 99**98**97", "#### 1e999999", "#### 9**9**9**9"]
     began = time.process_time()
     for text in texts:
         assert common.reward("#### " + text.replace("\n", ""), "7") in (0.0, 1.0)
         assert common.reward(text, text) in (0.0, 1.0)
         common.parse_number(text)
     assert time.process_time() - began < 4
+
+
+@pytest.mark.parametrize("piece", PIECES_OF_ANSWERS)
+def test_no_long_text_takes_long(piece):
+    """Nor one of the longest that is taken apart, where a pattern could try all ways to match."""
+    for start, end in itertools.product(("", "#### ", r"\boxed{", "#### 1"), ("", "!", "}", "=")):
+        for length in (common.LONGEST_ANSWER - 10, 100_000):
+            text = start + piece * (length // len(piece)) + end
+            began = time.process_time()
+            common.reward(text, "7"), common.reward("#### 7", text), common.parse_number(text)
+            assert time.process_time() - began < 0.4
+
+
+GSM8K = os.environ.get("GSM8K_TEST", Path(__file__).parents[2] / "shared/data/gsm8k/test.jsonl")
+
+
+def test_every_reference_answer_of_gsm8k_is_right_and_no_other_one_is():
+    if not Path(GSM8K).is_file():
+        pytest.skip("GSM8K's test.jsonl is not at hand: GSM8K_TEST names it")
+    solutions = [json.loads(line)["answer"] for line in Path(GSM8K).read_text("utf-8").splitlines()]
+    answers = [solution.rpartition("\n#### ")[2] for solution in solutions]
+    values = [int(answer.replace(",", "")) for answer in answers]
+    assert len(values) == 1319
+    for i, solution in enumerate(solutions):
+        j = (i + 1 + i % 7) % len(values)
+        assert common.reward(solution, answers[i]) == 1.0
+        assert common.reward(solution, str(values[i])) == 1.0
+        assert common.reward(solution, answers[j]) == float(values[i] == values[j])
+
+
+@pytest.mark.parametrize(
+    "line, answer",
+    [  # as they stand in GSM8K, and as models write them
+        ("#### 18", "18"), ("#### -10", "-10"), ("#### 2,125", "2125"), ("#### 114,200", "114200"),
+        ("#### 1,450,000", "1450000"), ("#### 0", "0"), ("#### 109,200,000", "109200000"),
+        ("#### $65,960", "65,960"), ("#### -3 degrees", "-3"), ("#### 5,600.00", "5,600"),
+        ("#### 10,800 meters.", "10,800"), ("#### **1,875**", "1,875"), ("#### 6,250%", "6,250"),
+    ],
+)  # fmt: skip
+def test_shapes_of_gsm8k_answers(line, answer):
+    assert common.reward(f"Half of it is 7/2=<<7/2=3.5>>3.5\n{line}", answer) == 1.0
+    assert common.reward(f"Half of it is 7/2=<<7/2=3.5>>3.5\n{line}", answer + "1") == 0.0
 
 
 # --------------------------------------------------------------------------- the built-in task
@@ -449,7 +552,8 @@ ROW = json.dumps(gsm8k_rows(1)[0])
         ("list.jsonl", f"{ROW}\n[1]\n", ["line 2", "question"]),
         ("number.jsonl", f'{ROW}\n\n\n{{"question": "q", "answer": 7}}', ["line 4", "answer"]),
         ("lacking.jsonl", f'{{"question": "q"}}\n{ROW}', ["line 1", "answer"]),
-        ("unmarked.jsonl", f'{ROW}\n\n{{"question": "q", "answer": "7"}}', ["row 3", "####"]),
+        ("unmarked.jsonl", f'{ROW}\n\n{{"question": "q", "answer": "7"}}', ["line 3", "####"]),
+        ("half.jsonl", '{"question": "\\ud800", "answer": "#### 1"}', ["line 1", "surrogate"]),
         ("data.txt", ROW, ["data.txt", ".jsonl", ".parquet"]),
         ("broken.parquet", "PAR1 and no more", ["broken.parquet"]),
         ("unsplit.jsonl", ROW, ["unsplit.jsonl", "SPLIT"]),
@@ -483,6 +587,77 @@ def test_a_bad_parquet_row_is_named(tmp_path, rows, words):
     with pytest.raises(BadInput) as caught:
         common.load_problems(str(tmp_path / "data.parquet"))
     assert all(word in str(caught.value) for word in [*words, "data.parquet"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_file_may_name_its_texts_as_math_does_and_is_read_once(tmp_path, monkeypatch, suffix):
+    rows = [dict(problem=f"q{i}", solution=rf"is \boxed{{{i}}}", level="1") for i in range(60)]
+    write_rows(tmp_path / f"rows{suffix}", rows)
+    reads, extract = [], common.extract_answer
+    monkeypatch.setattr(common, "extract_answer", lambda text: reads.append(text) or extract(text))
+    parts = [common.load_problems(str(tmp_path / f"rows{suffix}"), s) for s in ("train", "test")]
+    assert len(reads) == 60
+    parts.append(common.load_problems(str(tmp_path / f"rows{suffix}"), "validation"))
+    assert sorted(p for part in parts for p in part) == sorted(
+        Problem(row["problem"], row["solution"], str(i)) for i, row in enumerate(rows)
+    )
+
+
+def hub(monkeypatch, rows: dict):
+    """Puts `rows` (split -> list of rows) in the hub's place; returns what is asked of it."""
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows[split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    common.hub_problems.cache_clear()
+    return asked
+
+
+def test_hub_sets_keep_their_own_test_split_and_give_validation_from_train(monkeypatch):
+    rows = {"train": gsm8k_rows(100), "test": gsm8k_rows(130)[100:]}
+    asked = hub(monkeypatch, rows)
+    splits = {s: common.load_problems("gsm8k", s) for s in ("train", "validation", "test")}
+    assert set(asked) == {("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")}
+    assert [p.question for p in splits["test"]] == [row["question"] for row in rows["test"]]
+    kinds = [common.split_of(row["question"]) for row in rows["train"]]
+    assert "test" in kinds and "validation" in kinds
+    for split, held_out in (("train", False), ("validation", True)):
+        kept = [(kind == "validation") == held_out for kind in kinds]
+        expected = [row for row, keep in zip(rows["train"], kept) if keep]
+        assert [p.question for p in splits[split]] == [row["question"] for row in expected]
+        assert [p.solution for p in splits[split]] == [row["answer"] for row in expected]
+    assert splits["test"][0].answer == "1,100"
+    assert common.load_problems("gsm8k", "test", 3) == splits["test"][:3]
+    common.hub_problems.cache_clear()
+
+
+def test_hub_rows_without_a_readable_answer_are_counted_and_left_out(monkeypatch, capsys):
+    rows = [dict(problem=f"p{i}", solution=rf"\boxed{{{i}}}", level="2") for i in range(5)]
+    rows[3]["solution"] = r"so 3 \boxed 3"
+    asked = hub(monkeypatch, {"test": rows})
+    assert [p.answer for p in common.load_problems("math", "test")] == ["0", "1", "2", "4"]
+    assert asked == [("DigitalLearningGmbH/MATH-lighteval", "default", "test")]
+    assert capsys.readouterr().out == "--data math: 1 of 5 test rows left out, for no answer\n"
+    common.hub_problems.cache_clear()
+
+
+@pytest.mark.parametrize("data", ["gsm8k", "math"])
+def test_a_hub_set_that_cannot_be_had_is_one_line(monkeypatch, data):
+    def offline(*_, **__):
+        raise ConnectionError("could not reach it\nmore")
+
+    common.hub_problems.cache_clear()
+    for fake in (None, offline):  # without one: the tests are offline
+        if fake:
+            monkeypatch.setattr(datasets, "load_dataset", fake)
+        with pytest.raises(BadInput) as caught:
+            common.load_problems(data)
+        message = str(caught.value)
+        assert f"--data {data}" in message and "\n" not in message and "local" in message
+    assert "could not reach it" in message
 
 
 # ------------------------------------------------------------------------------------- tokenizer

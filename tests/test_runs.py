@@ -1,7 +1,7 @@
 """The scripts in child processes: runs, resume, kills, bad input, colour. Most with spo.py.
 
-Importing torch and transformers takes seconds, so one child imports them once and forks for each
-run; what is particular to a fresh interpreter runs in a real `python spo.py`.
+Most runs are forked from one child (conftest.py); what is particular to a fresh interpreter runs in
+a real `python spo.py`.
 """
 
 import csv
@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -28,90 +27,17 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import common  # noqa: E402
-import mpo  # noqa: E402
-import reset_po  # noqa: E402
-import spo  # noqa: E402
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-ENV.pop("NO_COLOR", None)
+import common
+import mpo
+import reset_po
+import spo
+from conftest import ENV, ROOT, Done
 
 WARM = "--terms 2 --warm_start_steps 60".split()  # so little that some answers are right, some not
 SIZES = "--prompts 8 --batch_size 4 --max_new_tokens 16 --eval_problems 6 --eval_samples 2".split()
 TRAIN = "--lr 1e-3 --steps 5 --save_every 2 --show_every 1 --eval_every 4".split()
 BASE = [*WARM, *SIZES, *TRAIN]
 SHORT = [*BASE, "--steps", "2", "--save_every", "1"]  # the last of a repeated flag counts
-
-SERVER = """
-import json, os, signal, sys, tempfile, time
-import torch, common, spo, mpo, reset_po
-with tempfile.TemporaryDirectory() as folder:  # what is slow the first time is done before the fork
-    common.build_policy(257).save_pretrained(folder)
-    common.build_tokenizer().save_pretrained(folder)
-    common.load_policy(folder, torch.device("cpu"))
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        for number, path in enumerate(job["files"], 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(job["cwd"])
-        os.environ.update(job["env"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(120)  # a hang ends
-        torch.seed()  # as in a fresh interpreter: no two runs share the global generator
-        sys.argv = [job["script"] + ".py", *job["args"]]
-        exec(job["patch"])
-        code = 0
-        try:
-            common.cli(sys.modules[job["script"]].main)
-        except SystemExit as stop:  # as at the end of an interpreter, which would take 2 s
-            code = stop.code or 0
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV)
-    with subprocess.Popen([sys.executable, "-c", SERVER], **options) as process:
-        process.files = [str(tmp_path_factory.mktemp("server") / name) for name in ("out", "err")]
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def run(server, tmp_path):
-    """run(*args): `python spo.py *args`. patch: Python run first; meanwhile(pid): called beside."""
-
-    def run(
-        *args, cwd=tmp_path, patch="", env={}, out=None, script="spo", meanwhile=lambda pid: None
-    ) -> Done:
-        files = [out or server.files[0], server.files[1]]
-        job = dict(args=args, cwd=str(cwd), patch=patch, env=env, files=files, script=script)
-        print(json.dumps(job), file=server.stdin, flush=True)
-        meanwhile(int(server.stdout.readline()))
-        code = int(server.stdout.readline())
-        texts = ["" if out else Path(server.files[0]).read_bytes().decode(errors="replace")]
-        texts.append(Path(server.files[1]).read_bytes().decode(errors="replace"))
-        return Done(code, *texts)
-
-    return run
 
 
 def python(cwd, *args) -> Done:
@@ -619,7 +545,7 @@ BAD = [  # arguments, and what the message must name
     (NEW + "--data truncated.jsonl", "truncated.jsonl, line 3:"),
     (NEW + "--data number.jsonl", "number.jsonl, line 2:"),
     (NEW + "--data list.jsonl", "list.jsonl, line 1:"),
-    (NEW + "--data unanswered.jsonl", "unanswered.jsonl, row 3:"),
+    (NEW + "--data unanswered.jsonl", "unanswered.jsonl, line 3:"),
     (NEW + "--data single.jsonl", "single.jsonl"),
     (NEW + "--data broken.parquet", "broken.parquet"),
     ("--name mangled --resume", "runs/mangled/config.json is damaged"),
