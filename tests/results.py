@@ -1,8 +1,8 @@
 """Reruns the tables of results in README.md. By hand, about an hour and a half on two cores:
 
     python tests/results.py             everything: runs what is missing under runs/, then prints
-    python tests/results.py default     the table of the default run, on all cores
-    python tests/results.py compare     SPO-chain beside GRPO, two runs at a time on a core each
+    python tests/results.py default     the tables of the default runs of SPO, on all cores
+    python tests/results.py compare     SPO beside GRPO, two runs at a time on a core each
     python tests/results.py mpo         MPO: the default run, and K and weights, two at a time
     python tests/results.py reset       resets: default runs, methods beside each other, localisers
 """
@@ -27,16 +27,19 @@ import common  # noqa: E402
 import reset_po  # noqa: E402
 
 SEEDS = (0, 1, 2)
-GRPO = "--partition trajectory --prompts 8 --group_size 8"
-# All train on 64 answers an update. GRPO's updates are cheaper, so it gets more of them.
+GRPO = "--partition trajectory --prompts 8 --group_size 8 --steps 200 --eval_every 20"
+CHAIN = "--steps 100 --eval_every 10"
+# All but those of 64 problems x 8 and the trees train on 64 answers an update.
 COMPARED = {
-    "SPO-chain": "--steps 100 --eval_every 10",
-    "SPO-chain, mask off": "--steps 100 --eval_every 10 --mask False",
-    "SPO-chain, 8 x 8": "--steps 100 --eval_every 10 --prompts 8 --group_size 8",
-    "GRPO": f"--steps 200 --eval_every 20 {GRPO} --mask False",
-    "GRPO + mask": f"--steps 200 --eval_every 20 {GRPO}",
-    "GRPO, lr 2e-4": f"--steps 200 --eval_every 20 {GRPO} --mask False --lr 2e-4",
-    "GRPO + mask, lr 2e-4": f"--steps 200 --eval_every 20 {GRPO} --lr 2e-4",
+    "GRPO": f"{GRPO} --mask False",
+    "GRPO + mask": GRPO,
+    "GRPO + mask, 64 x 8": "--partition trajectory --group_size 8 --steps 80 --eval_every 10",
+    "VinePPO's partition": "--partition newline --mask False --steps 80 --eval_every 10",
+    "SPO-chain": CHAIN,
+    "SPO-chain, mask off": f"{CHAIN} --mask False",
+    "SPO-chain, interval 3": f"{CHAIN} --interval 3",
+    "SPO-tree, 2-2-2": f"{CHAIN} --variant tree",
+    "SPO-tree, 4-4": f"{CHAIN} --variant tree --branching 4 4 --segment_tokens 16 --prompts 32",
 }
 MPO_ROWS = {
     "K = 1: GRPO": "--block_size 1",
@@ -109,10 +112,10 @@ def run_all(jobs: list[tuple[str, str]], script: str) -> None:
         list(tqdm(results, script, len(jobs), unit="run"))
 
 
-def default_table() -> None:
+def default_table(name: str, flags: str) -> None:
     for seed in SEEDS:
-        run(f"default-{seed}", f"--seed {seed}")
-    summaries = [summary(f"default-{seed}") for seed in SEEDS]
+        run(f"{name}-{seed}", f"--seed {seed} {flags}")
+    summaries = [summary(f"{name}-{seed}") for seed in SEEDS]
     print("| seed | before | after | greedy | pass@4 | tokens | training |")
     print("|---|---|---|---|---|---|---|")
     for seed, s in zip(SEEDS, summaries):
@@ -211,6 +214,14 @@ def curve_jobs(rows: dict[str, str], prefix: str, more: str = "") -> list[tuple[
 def compare_table() -> None:
     run_all(curve_jobs(COMPARED, "compare"), "spo")
     curve_table(COMPARED, "compare", ["step", "sampled_tokens", "seconds"])
+    print("\n| | tokens a step | trained segments a step | tokens for each |\n|---|---|---|---|")
+    for i, name in enumerate(COMPARED):
+        names = [f"compare-{i}-{seed}" for seed in SEEDS]
+        steps = [len((Path("runs", n, "metrics.csv")).read_text().split()) - 1 for n in names]
+        tokens = [summary(n)["sampled_tokens"] / count for n, count in zip(names, steps)]
+        trained = [over_run(n, "trained") for n in names]
+        ratios = [t / k for t, k in zip(tokens, trained)]
+        print(f"| {name} | {pm(tokens, 0)} | {pm(trained, 0)} | {pm(ratios, 0)} |")
 
 
 def localiser_row(folder: Path, seed: int, problems: int) -> list[reset_po.Reset]:
@@ -264,7 +275,8 @@ def localiser_table(problems: int) -> None:
 if __name__ == "__main__":
     chosen = sys.argv[1:] or ["default", "compare", "mpo", "reset"]
     if "default" in chosen:
-        default_table()
+        default_table("default", "")
+        default_table("default-tree", "--variant tree")
     if "compare" in chosen:
         compare_table()
     if "mpo" in chosen:
