@@ -63,13 +63,23 @@ POINTS = {
 }
 
 
+# On one core a run's seconds are those of the processor, whatever else the machine does meanwhile.
+CPU_CLOCK = """
+import runpy, sys, time
+time.time = time.process_time
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run(name: str, flags: str, threads: int | None = None, script="spo") -> Path:
     """Run the script unless it is done already; returns the run's folder."""
     folder = Path("runs", name)
     if not (folder / "summary.json").exists():
         env = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
         flags = f"{flags} --name {name}" + (" --resume" if folder.exists() else "")
-        command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split()]
+        clock = ["-c", CPU_CLOCK] if threads == 1 else []
+        command = [sys.executable, *clock, str(ROOT / f"{script}.py"), *flags.split()]
         subprocess.run(command, check=True, env=env, capture_output=True)
     return folder
 
@@ -212,7 +222,7 @@ def curve_jobs(rows: dict[str, str], prefix: str, more: str = "") -> list[tuple[
 
 
 def compare_table() -> None:
-    run_all(curve_jobs(COMPARED, "compare"), "spo")
+    run_all(curve_jobs(COMPARED, "compare", "--eval_problems 300"), "spo")
     curve_table(COMPARED, "compare", ["step", "sampled_tokens", "seconds"])
     print("\n| | tokens a step | trained segments a step | tokens for each |\n|---|---|---|---|")
     for i, name in enumerate(COMPARED):
