@@ -85,8 +85,13 @@ class RunConfig:
         "auto", "stands below each question; auto: what suits --data; none: nothing; or your text"
     )
     seed: int = arg(0, "fixes problems, warm start, sampling and order")
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: cuda where there is one")
-    dtype: Literal["auto", "fp32", "bf16"] = arg("auto", "autocast; auto: bf16 on cuda, else fp32")
+    device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "auto: cuda where there is one")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg(
+        "auto", "autocast over fp32 weights; auto: bf16 on cuda (fp16 where it has none), else fp32"
+    )
+    sampling_tokens: int = arg(1 << 16, "memory: most tokens that are sampled from at once")
+    training_tokens: int = arg(1 << 14, "memory: most tokens in one forward and backward pass")
+    gradient_checkpointing: bool = arg(False, "memory: layers are computed again going backward")
     terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less")
     warm_start_steps: int = arg(300, "supervised steps that make the built-in policy; 0: none")
     eval_problems: int = arg(500, "held-out problems per evaluation")
@@ -101,6 +106,7 @@ class RunConfig:
     def __post_init__(self):
         require_range(self, 0, "seed", "warm_start_steps", "eval_every", "show_every")
         require_range(self, 1, "eval_problems", "eval_samples", "save_every")
+        require_range(self, 1, "sampling_tokens", "training_tokens")
         require_range(self, 2, "terms")
         if self.seed >= 1 << 63:
             raise BadInput(f"--seed {self.seed}: must be below 2**63")
@@ -552,6 +558,7 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     The folder's name hashes all that shapes the result, and it appears by one rename, so a killed
     warm start leaves none.
     """
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # it goes without a loss scaler
     tokenizer = build_tokenizer()
     tokenizer.instruction = instruction(run, tokenizer)
     torch.manual_seed(run.seed)
@@ -662,7 +669,24 @@ def autocast(model) -> torch.autocast:
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
+def loss_scaler(model) -> torch.amp.GradScaler:
+    """The policy's own: fp16 has too few small numbers for gradients, so the loss is scaled up, and
+    they are scaled down again; a step that overflowed is left out. Idle in other dtypes."""
+    if not hasattr(model, "scaler"):
+        fp16 = getattr(model, "compute_dtype", torch.float32) == torch.float16
+        device = next(model.parameters()).device.type
+        model.scaler = torch.amp.GradScaler(device, enabled=fp16)
+    return model.scaler
+
+
 # ------------------------------------------------------------------------------------- sampling
+
+LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 14)  # of a run: `set_up` changes them
+
+
+def slow_bar(label: str, total: int, unit: str) -> tqdm:
+    """A bar for part of a step, which shows up only where that part takes seconds."""
+    return tqdm(desc=f"  {label}", total=total, unit=unit, leave=False, delay=3)
 
 
 @dataclass
@@ -684,12 +708,14 @@ def sample(
     temperature: float = 1.0,
     greedy: bool = False,
     generator: torch.Generator | None = None,
-    max_tokens: int = 1 << 16,
+    max_tokens: int | None = None,
+    bar: str = "sampling",
 ) -> list[Rollout]:
     """`n` continuations of each prefix, prefix-major. Equal prefixes are drawn independently.
 
     max_new_tokens: one budget, or one per prefix. max_tokens bounds memory: a batch's rows times
-    its longest prefix and budget. Draws from softmax(logits / temperature) over the whole
+    its longest prefix and budget (--sampling_tokens if None). bar: what to call it if it takes
+    long. Draws from softmax(logits / temperature) over the whole
     vocabulary, whatever the checkpoint's generation_config says: the sampled policy is the scored
     one. Raises ValueError for an empty prefix, n < 1, a temperature that is not above 0, a number
     of budgets that is not one per prefix, or more positions than the model has.
@@ -705,8 +731,9 @@ def sample(
     # Rows of like length go together, so that little is padded; a row without budget is done.
     queue = [row for row, budget in enumerate(budgets) if budget]
     queue.sort(key=lambda row: len(rollouts[row].prompt) + budgets[row])
-    was_training = model.training
+    was_training, max_tokens = model.training, max_tokens or LIMITS["sampling_tokens"]
     model.eval()
+    done = slow_bar(bar, len(queue), "answer")
     try:
         while queue:
             lengths = [len(rollouts[row].prompt) + budgets[row] for row in queue]  # ascending
@@ -715,15 +742,16 @@ def sample(
             rows, queue = queue[:size], queue[size:]
             batch = [rollouts[row] for row in rows], [budgets[row] for row in rows]
             with autocast(model):
-                decode(model, *batch, eos, temperature, greedy, generator)
+                decode(model, *batch, eos, temperature, greedy, generator, done)
     finally:
+        done.close()
         model.train(was_training)
     return rollouts
 
 
-def decode(model, rollouts, budgets, eos, temperature, greedy, generator) -> None:
+def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
     """Extend `rollouts` in place, as one batch: prefill each distinct prefix once, copy its KV
-    cache to all its rows, then sample a token a row until every row has ended."""
+    cache to all its rows, then sample a token a row until every row has ended, as `bar` shows."""
     device, head = model.device, model.get_output_embeddings()
     distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
     width = max(map(len, distinct))
@@ -746,13 +774,14 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator) -> Non
     hidden, mask, position = hidden[index], mask[index], position[index, -1:]  # (R, ...)
     budget, stop = torch.tensor(budgets, device=device), torch.tensor(sorted(eos), device=device)
     live, t = list(range(len(rollouts))), 0
+    exact = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
     while True:
         logits = head(hidden).float()  # (R, V)
         if greedy:
             token = logits.argmax(-1)  # (R,)
         else:
             # Inverse CDF: one random number a row; torch.multinomial draws one a vocabulary entry.
-            cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # (R, V)
+            cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)  # (R, V)
             u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=device, generator=generator)
             token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
             token = token.clamp(max=cdf.shape[1] - 1)
@@ -764,6 +793,7 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator) -> Non
         going = ~ended & (budget > t)  # (R,)
         if not going.all():  # finished rows leave the batch, and their cache with them
             keep = going.nonzero()[:, 0]
+            bar.update(len(live) - len(keep))
             if not len(keep):
                 return
             live = [live[i] for i in keep.tolist()]
@@ -824,6 +854,13 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: 
     the second being the policy's entropy at each trained id in nats, (B, T).
     """
     head = model.get_output_embeddings()
+    # transformers recomputes layers that are in training mode; what is inside them stays out of it,
+    # for there would be dropout.
+    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
+
+    def recompute(on: bool) -> None:
+        for layer in layers:
+            layer.training = on
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor):  # (N, H), (N,) -> (N,), (N,)
         logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
@@ -832,7 +869,9 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: 
 
     with autocast(model):
         # Attention is causal and padding stands on the right: no real token sees it, so no mask.
+        recompute(torch.is_grad_enabled())
         hidden = model.base_model(batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
+        recompute(False)
         row, t = batch.mask.nonzero(as_tuple=True)  # (N,), (N,)
         hidden = hidden[row, batch.context_lens[row] + t - 1]  # (N, H): the state BEFORE each id
         size = max(1, MAX_LOGITS // head.weight.shape[0])
@@ -906,16 +945,20 @@ def batch_at(items: list, step: int, size: int, seed) -> list:
     return batch
 
 
-def micro_batches(samples: list[Sample], max_tokens: int = 1 << 14) -> Iterator[list[Sample]]:
-    """Samples of like length together, at most `max_tokens` wide x high, but at least one."""
-    micro = []
-    for s in sorted(samples, key=lambda s: len(s.context) + len(s.ids)):
-        if micro and (len(micro) + 1) * (len(s.context) + len(s.ids)) > max_tokens:
+def micro_batches(samples: list[Sample], max_tokens: int | None = None) -> Iterator[list[Sample]]:
+    """Samples of like length together, at most `max_tokens` wide x high, but at least one.
+    max_tokens: --training_tokens if None."""
+    micro, max_tokens = [], max_tokens or LIMITS["training_tokens"]
+    label = "updating" if torch.is_grad_enabled() else "scoring"
+    with slow_bar(label, len(samples), "row") as bar:
+        for s in sorted(samples, key=lambda s: len(s.context) + len(s.ids)):
+            if micro and (len(micro) + 1) * (len(s.context) + len(s.ids)) > max_tokens:
+                yield micro
+                bar.update(len(micro))
+                micro = []
+            micro.append(s)
+        if micro:
             yield micro
-            micro = []
-        micro.append(s)
-    if micro:
-        yield micro
 
 
 @torch.no_grad()
@@ -931,14 +974,30 @@ def score(model, samples: list[Sample], temperature: float) -> float:
     return total / sum(len(s.ids) for s in samples)
 
 
+def backward(model, loss: Tensor) -> None:
+    loss_scaler(model).scale(loss).backward()
+
+
 def optimizer_step(model, optimizer, schedule, loss: float, max_grad_norm: float) -> float:
-    """Clip the gradients, step, clear them; returns their norm before clipping. Raises
-    FloatingPointError, with the weights as they were, if the loss or the norm is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    if not math.isfinite(loss + norm):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    optimizer.step()
-    optimizer.zero_grad()
+    """Clip the gradients, step, clear them; returns their norm before clipping.
+
+    In fp16 gradients overflow now and then: that step is left out, its norm is not finite. Raises
+    FloatingPointError, with the weights as they were, if it is not that.
+    """
+    scaler = loss_scaler(model)
+    if any(p.grad is not None for p in model.parameters()):  # else no sample had a signal
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        overflow = scaler.is_enabled() and scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (overflow or math.isfinite(norm)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    elif not math.isfinite(loss):
+        raise FloatingPointError(f"loss {loss}")
+    else:
+        norm = 0.0
     schedule.step()
     return norm
 
@@ -967,6 +1026,7 @@ def save_checkpoint(folder, model, tokenizer, optimizer, schedule, generator, pr
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
         state = dict(progress=progress, generator=generator.get_state())
+        state |= dict(scaler=loss_scaler(model).state_dict())
         state |= dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
         logs = [folder / log for log in LOGS]
         state["log_bytes"] = [log.stat().st_size if log.exists() else 0 for log in logs]
@@ -983,7 +1043,7 @@ def find_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
-def resume(folder: Path, optimizer, schedule, generator) -> dict:
+def resume(folder: Path, model, tokenizer, optimizer, schedule, generator) -> dict:
     """Restore what `save_checkpoint` saved beside the weights, cut off log rows written after it,
     and return the run's progress."""
     try:
@@ -993,6 +1053,7 @@ def resume(folder: Path, optimizer, schedule, generator) -> dict:
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     generator.set_state(state["generator"])
+    loss_scaler(model).load_state_dict(state["scaler"])
     for log, size in zip(LOGS, state["log_bytes"]):
         if (folder / log).exists():
             os.truncate(folder / log, size)
@@ -1090,12 +1151,18 @@ def parse_args(config_class, script: str, description: str, tiny: dict):
 
 def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
     """Where to run, and the dtype to autocast to."""
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch finds no CUDA device here; --device cpu would run")
-    cuda = run.device != "cpu" and torch.cuda.is_available()
-    auto = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    bf16 = (auto if run.dtype == "auto" else run.dtype) == "bf16"
-    return torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if bf16 else torch.float32
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    device = run.device if run.device != "auto" else "cuda" if there["cuda"] else "cpu"
+    if not there[device]:
+        raise BadInput(f"--device {device}: torch finds none here; --device cpu would run")
+    dtype = run.dtype if run.dtype != "auto" else "fp32"
+    if run.dtype == "auto" and device == "cuda":
+        dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+    return torch.device(device), dtypes[dtype]
+
+
+MEMORY = (*LIMITS, "gradient_checkpointing")  # settings that a resumed run may change
 
 
 def configuration(cfg, run: RunConfig) -> dict:
@@ -1119,7 +1186,7 @@ def run_folder(cfg, run: RunConfig) -> Path:
         except ValueError:
             raise BadInput(f"--resume: {folder}/config.json is damaged") from None
         for key, value in configuration(cfg, run).items():
-            if old.get(key) != value:
+            if old.get(key) != value and key not in MEMORY:
                 raise BadInput(f"--resume: {folder} has {key} = {old.get(key)}, not {value}")
     elif folder.exists() and not run.eval_only:
         raise BadInput(f"{folder} exists: pick another --name, --resume it, or delete it")
@@ -1161,6 +1228,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, headline):
     work, before anything is written.
     """
     cfg, run = parse_args(config_class, script, description, tiny)
+    LIMITS.update({key: getattr(run, key) for key in LIMITS})
     device, dtype = pick_device(run)
     folder = run_folder(cfg, run)
     train = load_problems(run.data, "train", None, run.seed, run.terms)
@@ -1172,6 +1240,9 @@ def set_up(config_class, script: str, description: str, tiny: dict, headline):
     if not run.eval_only:
         print(title)
     model, tokenizer = open_policy(run, folder, train, test, device, dtype)
+
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
 
     def held_out() -> dict:
         size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
@@ -1196,7 +1267,7 @@ def begin(folder: Path, cfg, run: RunConfig, trainer: tuple, evaluate, **counts)
     trainer: (model, tokenizer, optimizer, schedule, generator), what a checkpoint holds.
     """
     if run.resume:
-        progress = resume(folder, *trainer[2:])
+        progress = resume(folder, *trainer)
     else:
         progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=evaluate(), **counts)
         start_run(folder, cfg, run, *trainer, progress)
@@ -1295,6 +1366,13 @@ def cli(main) -> None:
     except KeyboardInterrupt:
         print("\nstopped at once; a run that had begun continues with --resume", file=sys.stderr)
         sys.exit(130)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        less = "--sampling_tokens, --training_tokens, --gradient_checkpointing True, --dtype bf16"
+        print(f"\nerror: out of memory; what needs less: {less}, shorter answers; a run that had "
+              f"begun continues with --resume", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
 
 
 def paint(text: str, credit: float) -> str:

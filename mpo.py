@@ -213,7 +213,7 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
                 logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
                 log_ratio = logprobs - batch.old_logprobs  # (B, T)
                 loss, log_blocks, clipped = mpo_loss(log_ratio, batch, n, cfg)
-                loss.backward()
+                common.backward(model, loss)
                 loss_sum += loss.item()
                 log_ratio, log_blocks = log_ratio.detach(), log_blocks.detach()
                 _, cut = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)

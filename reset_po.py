@@ -363,7 +363,7 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
                 batch = common.collate(micro, model.device)
                 logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
                 loss, clipped = reset_loss(logprobs, batch, len(minibatch), cfg.clip_eps)
-                loss.backward()
+                common.backward(model, loss)
                 loss_sum += loss.item()
                 sums["clip_fraction"] += clipped.sum().item()
                 tokens += batch.mask.sum().item()

@@ -211,7 +211,9 @@ def estimate_values(model, tokenizer, states, cfg: Config, generator) -> tuple[l
     states = [(tuple(prompt), tuple(done), answer) for prompt, done, answer in states]
     distinct = list(dict.fromkeys(states))
     size, options = cfg.continuations, dict(temperature=cfg.temperature, generator=generator)
-    rollouts = common.complete(model, tokenizer, distinct, size, cfg.max_new_tokens, **options)
+    rollouts = common.complete(
+        model, tokenizer, distinct, size, cfg.max_new_tokens, **options, bar="estimating values"
+    )
     values = torch.tensor([r.reward for r in rollouts]).view(-1, size).mean(1)  # (distinct,)
     value_of = dict(zip(distinct, values.tolist()))
     return [value_of[state] for state in states], sum(len(r.ids) for r in rollouts)
@@ -351,7 +353,7 @@ def update(model, optimizer, schedule, samples, cfg: Config, seed: str, referenc
                     divergence = (common.k3(ref_logprobs - logprobs) * mask).sum()
                     loss = loss + cfg.kl_coef * divergence / len(minibatch)
                     sums["kl_ref"] += divergence.item()
-                loss.backward()
+                common.backward(model, loss)
                 loss_sum += loss.item()
                 moved = common.k3(logprobs.detach() - batch.old_logprobs)  # (B, T)
                 sums["kl"] += (moved * mask).sum().item()

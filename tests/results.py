@@ -65,9 +65,9 @@ POINTS = {
 
 # On one core a run's seconds are those of the processor, whatever else the machine does meanwhile.
 CPU_CLOCK = """
-import runpy, sys, time
+import os, runpy, sys, time
 time.time = time.process_time
-sys.argv = sys.argv[1:]
+sys.argv, sys.path[0] = sys.argv[1:], os.path.dirname(sys.argv[1])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
