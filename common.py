@@ -326,8 +326,8 @@ def reward(text: str, answer: str) -> float:
     if given is None or max(len(given), len(answer)) > LONGEST_ANSWER:
         return float(given == answer)
     left, right = parse_number(given), parse_number(answer)
-    if left is None and right is None:  # spaces part only digits: "3 4" is not "34"
-        space = r"\s+(?!\d)|(?<!\d)\s+"
+    if left is None or right is None:
+        space = r"\s+(?!\d)|(?<!\d)\s+"  # but for one between digits: "3 4" is not "34"
         left, right = (re.sub(space, "", plain_answer(x)) for x in (given, answer))
     return float(left == right)
 
