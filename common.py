@@ -77,7 +77,7 @@ class RunConfig:
     data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
     model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
     prompt: str = arg(
-        "auto", "stands below each question; auto: what suits --data; none: nothing; or your text"
+        "auto", "text below each question; auto: how to answer --data (README); none: nothing"
     )
     seed: int = arg(0, "fixes problems, warm start, sampling and order")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "auto: cuda where there is one")
