@@ -82,7 +82,7 @@ class RunConfig:
     data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
     model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
     prompt: str = arg(
-        "auto", "stands below each question; auto: what suits --data; none: nothing; or your text"
+        "auto", "text below each question; auto: how to answer --data (README); none: nothing"
     )
     seed: int = arg(0, "fixes problems, warm start, sampling and order")
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "auto: cuda where there is one")
@@ -337,8 +337,8 @@ def reward(text: str, answer: str) -> float:
     if given is None or max(len(given), len(answer)) > LONGEST_ANSWER:
         return float(given == answer)
     left, right = parse_number(given), parse_number(answer)
-    if left is None and right is None:  # spaces part only digits: "3 4" is not "34"
-        space = r"\s+(?!\d)|(?<!\d)\s+"
+    if left is None or right is None:
+        space = r"\s+(?!\d)|(?<!\d)\s+"  # but for one between digits: "3 4" is not "34"
         left, right = (re.sub(space, "", plain_answer(x)) for x in (given, answer))
     return float(left == right)
 

@@ -312,6 +312,9 @@ def test_numbers_are_read_exactly_or_not_at_all(text, value):
         (r"\boxed{x^{23}}", "x^23", 0.0),  # x^2 times 3
         (r"\boxed{y = 2x + 3}", "2x+3", 1.0),
         (r"\boxed{2x}", "2", 0.0),
+        (r"\boxed{2 x}", "2x", 1.0),
+        (r"\boxed{x = 3, y = 4}", "3, y = 4", 0.0),
+        (r"\boxed{" + "x " * 151 + "}", "x" * 151, 0.0),
         (r"\boxed{\leftarrow}", "arrow", 0.0),
         (r"\boxed{11\text{ and }12}", "11 and 12", 1.0),
         ("#### " + "7" * 301, "7" * 301, 1.0),  # too long to take apart, but the same text
@@ -327,8 +330,9 @@ def test_reward_goes_by_value(text, answer, right):
 
 PIECES_OF_ANSWERS = [
     "\\boxed{", "\\boxed ", "\\frac{", "\\frac", "\\text{", "\\text", "\\left", "\\mathrm{a",
-    "####", "}", "{", "{ x", "/", ",", "1,", ".", "9", "1" * 300, " ", "\n", "\t", "%", "$", "+", "-", "=",
-    "x =", "^", "^ ", "\\circ", "\\ ", "**", "e99", "٣", "²", "\u2212", "°", "~", "\0", "\\", "a",
+    "####", "}", "{", "{ x", "/", ",", "1,", ".", "9", "1" * 300, " ", "\n", "\t", "%", "$", "+",
+    "-", "=", "x =", "^", "^ ", "\\circ", "\\ ", "**", "e99", "٣", "²", "\u2212", "°", "~", "\0",
+    "\\", "a",
 ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         model.to(torch.bfloat16 if family == "llama" else torch.float32)
         model.save_pretrained(folder, max_shard_size="30KB")
         tokenizer.save_pretrained(folder)
-        ends = [0, 2] if family == "qwen2" else tokenizer.eos_token_id
+        ends = [0] if family == "qwen2" else tokenizer.eos_token_id
         settings = json.dumps({**HOSTILE, "eos_token_id": ends})
         (folder / "generation_config.json").write_text(settings)
         assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -141,7 +141,7 @@ def change_config(folder: Path, **values) -> None:
 
 
 def break_pickled(folder):
-    model = build("gpt2", 300)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     for path in folder.glob("model*"):
         path.unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -204,7 +204,8 @@ def test_a_chat_prompt_is_what_the_models_own_template_gives(policies, family):
     _, tokenizer = policies[family]
     chat = [dict(role="user", content=TEXT)]
     options = dict(add_generation_prompt=True, return_dict=False)
-    assert common.user_turn(tokenizer, TEXT) == tokenizer.apply_chat_template(chat, **options)
+    given = tokenizer.apply_chat_template(chat, **options)
+    assert common.user_turn(tokenizer, TEXT) == common.user_turn(tokenizer, f" {TEXT}\n") == given
 
 
 @every_family
