@@ -959,6 +959,7 @@ def micro_batches(samples: list[Sample], max_tokens: int | None = None) -> Itera
             micro.append(s)
         if micro:
             yield micro
+            bar.update(len(micro))
 
 
 @torch.no_grad()
@@ -982,23 +983,23 @@ def optimizer_step(model, optimizer, schedule, loss: float, max_grad_norm: float
     """Clip the gradients, step, clear them; returns their norm before clipping.
 
     In fp16 gradients overflow now and then: that step is left out, its norm is not finite. Raises
-    FloatingPointError, with the weights as they were, if it is not that.
+    FloatingPointError, with the weights as they were, if loss or norm are not finite otherwise.
     """
-    scaler = loss_scaler(model)
-    if any(p.grad is not None for p in model.parameters()):  # else no sample had a signal
+    scaler, some = loss_scaler(model), any(p.grad is not None for p in model.parameters())
+    if some:  # a scaler cannot do without; nothing had a signal
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-        overflow = scaler.is_enabled() and scaler.get_scale() > 1
-        if not math.isfinite(loss) or not (overflow or math.isfinite(norm)):
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    if some:
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
-    elif not math.isfinite(loss):
-        raise FloatingPointError(f"loss {loss}")
     else:
-        norm = 0.0
-    schedule.step()
+        optimizer.step()
+    optimizer.zero_grad()
+    if math.isfinite(norm):
+        schedule.step()
     return norm
 
 
@@ -1242,7 +1243,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, headline):
     model, tokenizer = open_policy(run, folder, train, test, device, dtype)
 
     if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
 
     def held_out() -> dict:
         size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature

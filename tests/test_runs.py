@@ -476,7 +476,7 @@ BAD = [  # arguments, and what the message must name
     ("--temp 0.5", "--temp"),
     ("--partition tree", "tree"),
     ("--device tpu", "tpu"),
-    ("--dtype fp16", "fp16"),
+    ("--dtype fp8", "fp8"),
     ("--mask perhaps", "perhaps"),
     ("--steps many", "many"),
     ("--steps 1.5", "1.5"),
@@ -869,6 +869,124 @@ def test_every_kind_of_reset_runs(warm, run, args):
     if "rrpo" in args:
         assert "localiser random" in done.out
     assert "auto" not in done.out
+
+
+# -------------------------------------------------------------------------- precision and memory
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_run_in_low_precision_resumes_to_the_same_end(warm, run, dtype):
+    flags = [*BASE, "--dtype", dtype, "--steps", "4"]
+    done = run(*flags, "--name", "whole")
+    assert done.code == 0 and f"on cpu in {dict(bf16='bfloat', fp16='float')[dtype]}16" in done.out
+    folder = warm / "runs" / "spo"
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*flags, patch=SLOW, meanwhile=kill).code == -9
+    scaler = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["scaler"]
+    assert (scaler.get("scale", 0) > 1000) == (dtype == "fp16")
+    assert run(*flags, "--resume").code == 0
+    assert result(folder) == result(warm / "runs" / "whole")
+    saved = safetensors.torch.load_file(folder / "checkpoint" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_the_loss_scale_is_saved_and_taken_up_again(warm, run):
+    """An overflow in the second step halves the scale, and a resumed run goes on with the half."""
+    patch = """
+import torch
+step, calls = common.optimizer_step, 0
+def overflow(model, *args):
+    global calls
+    calls += 1
+    if calls == 2:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("inf"))
+    return step(model, *args)
+common.optimizer_step = overflow
+"""
+    flags = [*BASE, "--dtype", "fp16", "--batch_size", "0", "--steps", "4"]
+    folder = warm / "runs" / "spo"
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*flags, patch=patch + SLOW, meanwhile=kill).code == -9
+    assert float(metrics(folder)[1]["grad_norm"]) == math.inf
+    state = folder / "checkpoint" / "state.pt"
+    assert torch.load(state, weights_only=True)["scaler"]["scale"] == 2**15
+    assert run(*flags, "--resume").code == 0
+    assert torch.load(state, weights_only=True)["scaler"]["scale"] == 2**15
+
+
+def test_memory_flags_change_no_result_and_may_change_on_resume(base, warm, run):
+    folder = warm / "runs" / "spo"
+    small = ["--training_tokens", "64", "--gradient_checkpointing", "True"]
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*BASE, patch=SLOW, meanwhile=kill).code == -9
+    assert run(*BASE, *small, "--resume").code == 0
+    rows, expected = metrics(folder), metrics(base[0] / "runs" / "spo")
+    for row, other in zip(rows, expected, strict=True):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), abs=1e-4)
+    spied = """
+decode = common.decode
+def small(model, rollouts, budgets, *args):
+    assert len(rollouts) * max(len(r.prompt) + b for r, b in zip(rollouts, budgets)) <= 200
+    return decode(model, rollouts, budgets, *args)
+common.decode = small
+"""
+    assert run(*SHORT, "--sampling_tokens", "200", "--name", "small", patch=spied).code == 0
+
+
+@pytest.mark.parametrize(
+    "error", ['torch.OutOfMemoryError("CUDA out of memory")',
+              'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")']
+)  # fmt: skip
+def test_without_memory_one_line_names_the_flags_that_help(warm, run, error):
+    patch = f"""
+update, steps = spo.update, 0
+def broken(*args):
+    global steps
+    steps += 1
+    if steps == 2:
+        raise {error}
+    return update(*args)
+spo.update = broken
+"""
+    done = run(*BASE, "--save_every", "1", patch=patch)
+    line = done.err.strip().split("\n")[-1]
+    assert done.code == 1 and "Traceback" not in done.err
+    assert line.startswith("error: out of memory")
+    for flag in ("--sampling_tokens", "--training_tokens", "--gradient_checkpointing", "--resume"):
+        assert flag in line
+    assert saved_step(warm / "runs" / "spo") == 1
+    assert run(*BASE, "--save_every", "1", "--training_tokens", "99", "--resume").code == 0
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(warm, run):
+    patch = "def broken(*args):\n    raise RuntimeError('odd')\nspo.update = broken"
+    done = run(*BASE, patch=patch)
+    assert done.code != 0 and "out of memory" not in done.err
+
+
+def test_long_steps_have_bars_of_their_own(warm, run):
+    """They appear after some seconds; here at once."""
+    patch = """
+from tqdm import tqdm
+common.slow_bar = lambda label, total, unit: tqdm(desc=label, total=total, unit=unit, mininterval=0)
+"""
+    done = run(*SHORT, patch=patch)
+    assert done.code == 0
+    bar = r"(sampling|estimating values|scoring|updating): *\d+%[^|]*\|[^|]*\| (\d+)/(\d+)"
+    ends = re.findall(bar, done.err)
+    for label in ("sampling", "estimating values", "scoring", "updating"):
+        reached = [(int(n), int(total)) for name, n, total in ends if name == label]
+        assert any(n == total > 0 for n, total in reached), label
+    quick = run(*SHORT, "--name", "quick")
+    assert "sampling" not in quick.err and "scoring" not in quick.err
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device")
+def test_mps_where_there_is_none_is_bad_input(run):
+    done = run("--device", "mps")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith("error: --device mps")
 
 
 # ----------------------------------------------------------------------------------- other data

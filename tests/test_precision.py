@@ -1,0 +1,184 @@
+"""Mixed precision and memory: the loss scaler, recomputed layers; and what only a GPU can show."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+import common
+from common import Sample
+from conftest import ENV, ROOT
+from test_common import random_samples
+
+# ------------------------------------------------------------------------------- the loss scaler
+
+
+def fp16_trainer():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    model.compute_dtype = torch.float16
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
+
+
+def test_fp16_scales_the_loss_and_steps_with_the_true_gradient():
+    model, optimizer, schedule = fp16_trainer()
+    scale = common.loss_scaler(model).get_scale()
+    assert scale > 1000
+    common.backward(model, (model.weight * torch.tensor([[3.0, 4.0]])).sum())
+    assert model.weight.grad[0].tolist() == [3 * scale, 4 * scale]
+    norm = common.optimizer_step(model, optimizer, schedule, 0.1, 2.5)
+    assert norm == pytest.approx(5.0)
+    assert model.weight[0].tolist() == pytest.approx([1 - 1.5, 2 - 2.0], abs=1e-5)
+    assert schedule.get_last_lr() == [0.5] and model.weight.grad is None
+
+
+def test_fp16_leaves_out_a_step_that_overflowed_and_lowers_its_scale():
+    model, optimizer, schedule = fp16_trainer()
+    scaler = common.loss_scaler(model)
+    before = scaler.get_scale()
+    common.backward(model, (model.weight * torch.tensor([[math.inf, 1.0]])).sum())
+    assert not math.isfinite(common.optimizer_step(model, optimizer, schedule, 0.1, 1.0))
+    assert model.weight[0].tolist() == [1.0, 2.0] and model.weight.grad is None
+    assert scaler.get_scale() == before / 2
+    common.backward(model, model.weight.sum())
+    common.optimizer_step(model, optimizer, schedule, 0.1, 9.0)
+    assert model.weight[0].tolist() == pytest.approx([1 - 1.0, 2 - 1.0])  # nor does it count
+
+
+def test_fp16_does_not_hide_a_loss_that_is_not_finite_nor_overflow_without_end():
+    model, optimizer, schedule = fp16_trainer()
+    common.backward(model, model.weight.sum())
+    with pytest.raises(FloatingPointError):
+        common.optimizer_step(model, optimizer, schedule, math.nan, 1.0)
+    model, optimizer, schedule = fp16_trainer()
+    with pytest.raises(FloatingPointError):
+        for _ in range(100):
+            common.backward(model, (model.weight * math.nan).sum())
+            common.optimizer_step(model, optimizer, schedule, 0.1, 1.0)
+    assert model.weight[0].tolist() == [1.0, 2.0]
+
+
+def test_in_other_dtypes_the_scaler_is_idle():
+    model, optimizer, schedule = fp16_trainer()
+    model.compute_dtype = torch.bfloat16
+    common.backward(model, model.weight.sum())
+    assert model.weight.grad[0].tolist() == [1.0, 1.0]
+    assert common.optimizer_step(model, optimizer, schedule, 0.1, 9.0) == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_step_without_any_signal_moves_nothing(dtype):
+    model, optimizer, schedule = fp16_trainer()
+    model.compute_dtype = dtype
+    assert common.optimizer_step(model, optimizer, schedule, 0.0, 1.0) == 0.0
+    assert model.weight[0].tolist() == [1.0, 2.0] and schedule.get_last_lr() == [0.5]
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def models_with_dropout():
+    torch.manual_seed(0)
+    drop = dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    yield GPT2LMHeadModel(GPT2Config(vocab_size=13, n_embd=16, n_layer=2, n_head=2, **drop))
+    yield Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, attention_dropout=0.5,
+    ))  # fmt: skip
+
+
+def test_recomputed_layers_give_the_same_gradient_without_dropout(monkeypatch):
+    for model in models_with_dropout():
+        model.eval()
+        other, batch = copy.deepcopy(model), common.collate(random_samples(5))
+        other.activation_checkpointing_enable(dict(use_reentrant=False))
+        calls = []
+        layer = [x for x in other.modules() if getattr(x, "gradient_checkpointing", False)][-1]
+        hook = next(iter(layer.children()))
+        hook.register_forward_hook(lambda *_: calls.append(1))
+        for m in (model, other):
+            common.token_logprobs(m, batch).sum().backward()
+        assert len(calls) == 2  # forward, and again going backward
+        for p, q in zip(model.parameters(), other.parameters()):
+            assert p.grad is None if q.grad is None else torch.allclose(p.grad, q.grad, atol=1e-6)
+        with torch.no_grad():
+            common.token_logprobs(other, batch)
+        assert len(calls) == 3 and not any(m.training for m in other.modules())
+        prefixes = [s.context for s in random_samples(3)]
+        one, two = (
+            common.sample(m, prefixes, 2, max_new_tokens=5, eos={0}, greedy=True)
+            for m in (model, other)
+        )
+        assert [r.ids for r in one] == [r.ids for r in two]
+
+
+def test_what_a_batch_may_hold_is_that_of_the_run(monkeypatch):
+    samples, sizes = random_samples(12), []
+    monkeypatch.setitem(common.LIMITS, "training_tokens", 30)
+    for micro in common.micro_batches(samples):
+        sizes.append(len(micro) * max(len(s.context) + len(s.ids) for s in micro))
+    assert len(sizes) > 2 and max(sizes) <= 30
+    model = next(models_with_dropout()).eval()
+    rows, true_decode = [], common.decode
+    monkeypatch.setitem(common.LIMITS, "sampling_tokens", 40)
+
+    def spy(model, rollouts, *args):
+        rows.append(len(rollouts))
+        true_decode(model, rollouts, *args)
+
+    monkeypatch.setattr(common, "decode", spy)
+    common.sample(model, [[1, 2, 3]] * 9, 1, max_new_tokens=5, eos={0})
+    assert rows == [5, 4]  # 8 tokens a row
+
+
+# ----------------------------------------------------------------------------------------- a GPU
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@cuda
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("script", ["spo", "spo --variant tree", "mpo", "reset_po"])
+def test_on_a_gpu_each_script_learns_the_built_in_task(tmp_path, script, dtype):
+    name, *flags = script.split()
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--tiny", "--dtype", dtype, *flags]
+    done = subprocess.run([*command, "--device", "cuda"], cwd=tmp_path, env=ENV, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "runs" / name / "summary.json").read_text())
+    assert facts["accuracy_after"] > facts["accuracy_before"] + 0.05
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu_the_ratio_is_one_before_the_first_update(dtype):
+    torch.manual_seed(0)
+    model, tokenizer = common.build_policy(257).to("cuda").eval(), common.build_tokenizer()
+    model.compute_dtype = dtype
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = dict(max_new_tokens=40, eos={256}, generator=generator)
+    prefixes = [common.encode(tokenizer, f"{n}+4\n") for n in range(10, 40)]
+    samples = [Sample(r.prompt, r.ids) for r in common.sample(model, prefixes, 2, **options)]
+    common.score(model, samples, 1.0)
+    for micro in common.micro_batches(samples):
+        batch = common.collate(micro, "cuda")
+        log_ratio = common.token_logprobs(model, batch) - batch.old_logprobs
+        assert (log_ratio.exp() - 1).abs().max() < 1e-3
+
+
+@cuda
+def test_on_a_gpu_sampling_and_scoring_agree_with_the_cpu():
+    torch.manual_seed(0)
+    model = common.build_policy(257).eval()
+    samples = random_samples(9)
+    one = common.token_logprobs(model, common.collate(samples))
+    two = common.token_logprobs(model.to("cuda"), common.collate(samples, "cuda"))
+    assert torch.allclose(one, two.cpu(), atol=1e-3)
