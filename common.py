@@ -1129,8 +1129,15 @@ def describe(result: dict) -> str:
 # ------------------------------------------------------------- command line, run log and display
 
 
-def parse_args(config_class, script: str, description: str, tiny: dict):
-    """(Config, RunConfig) from the command line; --tiny makes `tiny` the defaults."""
+LARGE = dict(  # defaults of every script for a model that others have trained
+    max_new_tokens=512, steps=100, eval_problems=200, eval_samples=1, show_every=1, save_every=5,
+    gradient_checkpointing=True,
+)  # fmt: skip
+
+
+def parse_args(config_class, script: str, description: str, tiny: dict, large: dict = {}):
+    """(Config, RunConfig) from the command line. --tiny makes `tiny` the defaults; --model with
+    other --data than the built-in task LARGE and `large`."""
     both = (config_class, RunConfig)
     title = description.split("\n")[0]  # argparse would run the whole header together
     parser = HfArgumentParser(both, description=title, allow_abbrev=False)
@@ -1140,8 +1147,11 @@ def parse_args(config_class, script: str, description: str, tiny: dict):
 
     parser.error = refuse
     parser.set_defaults(name=script)
-    if parser.parse_known_args()[0].tiny:
+    given = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
+    if given.tiny:
         parser.set_defaults(**tiny)
+    elif given.model and given.data != "sums":
+        parser.set_defaults(**LARGE | large)
     cfg, run, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")
@@ -1221,14 +1231,14 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
     return model, tokenizer
 
 
-def set_up(config_class, script: str, description: str, tiny: dict, headline):
+def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline):
     """What every script begins with: (cfg, run, folder, train, model, tokenizer, evaluate).
 
     headline(cfg, train): what the run will do, in words. train: its problems. evaluate(): held-out
     accuracy of the model as it then is. --eval_only ends here. Raises BadInput for what cannot
     work, before anything is written.
     """
-    cfg, run = parse_args(config_class, script, description, tiny)
+    cfg, run = parse_args(config_class, script, description, tiny, large)
     LIMITS.update({key: getattr(run, key) for key in LIMITS})
     device, dtype = pick_device(run)
     folder = run_folder(cfg, run)

@@ -87,6 +87,7 @@ TINY = dict(
     terms=3, warm_start_steps=250, steps=40, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=20, save_every=20,
 )  # fmt: skip
+LARGE = dict(lr=1e-6)
 
 
 # ----------------------------------------------------------------------------------- pure maths
@@ -277,7 +278,7 @@ def headline(cfg: Config, train: list) -> str:
 
 
 def main() -> None:
-    begun = common.set_up(Config, "mpo", __doc__, TINY, headline)
+    begun = common.set_up(Config, "mpo", __doc__, TINY, LARGE, headline)
     cfg, run, folder, train, model, tokenizer, evaluate = begun
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     warmup, total = cfg.warmup_updates, cfg.steps * updates_of(cfg)

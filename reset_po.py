@@ -105,6 +105,7 @@ TINY = dict(
     terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=25, save_every=25,
 )  # fmt: skip
+LARGE = dict(lr=1e-6, temperature=0.7)  # the paper's rate is for LoRA: 5e-5
 
 
 # ----------------------------------------------------------------------------------- pure maths
@@ -460,7 +461,7 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 
 
 def main() -> None:
-    begun = common.set_up(Config, "reset_po", __doc__, TINY, headline)
+    begun = common.set_up(Config, "reset_po", __doc__, TINY, LARGE, headline)
     cfg, run, folder, train, model, tokenizer, evaluate = begun
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a step

@@ -99,6 +99,10 @@ TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
+LARGE = dict(  # of the paper, for the models of about 1B it trains
+    interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], epochs=2,
+    lr=1e-6, kl_coef=1e-4, temperature=0.6,
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- pure maths
@@ -416,7 +420,7 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 
 
 def main() -> None:
-    begun = common.set_up(Config, "spo", __doc__, TINY, headline)
+    begun = common.set_up(Config, "spo", __doc__, TINY, LARGE, headline)
     cfg, run, folder, train, model, tokenizer, evaluate = begun
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)

@@ -871,6 +871,26 @@ def test_every_kind_of_reset_runs(warm, run, args):
     assert "auto" not in done.out
 
 
+@pytest.mark.parametrize("script", ["spo", *OTHERS])
+def test_a_given_model_on_given_problems_has_other_defaults(warm, run, script):
+    (start,) = (warm / "runs" / "warm_start").iterdir()
+    rows = [dict(question=f"{i} and 2?", answer=f"#### {i + 2}") for i in range(60)]
+    (warm / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model, data = ["--model", str(start)], ["--data", "rows.jsonl"]
+    sizes = "--steps 1 --prompts 8 --max_new_tokens 8 --eval_problems 2".split()
+    settings = {}
+    for name, more in dict(both=model + data, sums=model, tiny=[*model, *data, "--tiny"]).items():
+        done = run(*sizes, *more, "--name", name, script=script)
+        assert done.code == 0, done.err
+        settings[name] = json.loads((warm / "runs" / name / "config.json").read_text())
+    assert settings["both"]["lr"] == 1e-6 < settings["sums"]["lr"] == settings["tiny"]["lr"]
+    assert settings["both"]["gradient_checkpointing"] is True
+    assert settings["both"]["max_new_tokens"] == 8  # what is given counts
+    assert settings["sums"]["gradient_checkpointing"] is False
+    help = run("--help", "--model", "x", "--data", "gsm8k", script=script)
+    assert "1e-06" in help.out and "512" in help.out
+
+
 # -------------------------------------------------------------------------- precision and memory
 
 
