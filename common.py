@@ -869,7 +869,7 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: 
 
     with autocast(model):
         # Attention is causal and padding stands on the right: no real token sees it, so no mask.
-        recompute(torch.is_grad_enabled())
+        recompute(True)
         hidden = model.base_model(batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
         recompute(False)
         row, t = batch.mask.nonzero(as_tuple=True)  # (N,), (N,)
