@@ -48,7 +48,7 @@ from common import BadInput, Batch, Problem, Rollout, Sample, arg
 
 @dataclass
 class Config:
-    variant: Literal["chain", "tree"] = arg("chain", "how values are estimated, see the header")
+    variant: Literal["chain", "tree"] = arg("chain", "values from continuations, or from children")
     partition: Literal["cutpoint", "fixed", "newline", "trajectory"] = arg(
         "cutpoint", "chain: where to cut; newline is VinePPO's, trajectory (one segment) GRPO's"
     )
@@ -56,7 +56,7 @@ class Config:
     threshold: float = arg(0.9, "a token sampled at a lower probability is a cutpoint (rho)")
     continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)")
     segment_tokens: int = arg(12, "fixed, tree: tokens of a segment (M); the tree's last may go on")
-    branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level")
+    branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level: 6 6 6")
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     replay_age: int = arg(0, "tree: nodes wait up to so many steps to be used; 0: used at once")
     replay_nodes: int = arg(32, "replay: most nodes of a problem in one step")
