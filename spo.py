@@ -25,8 +25,8 @@ Departures from the paper, and choices where paper and released code disagree:
     groups, and other problems teach more than other answers to the same one.
  7. Sizes and learning rate suit the small policy of the built-in task, not a 1B model.
 
-    python spo.py                   75 s on two cores, held-out accuracy 0.21 -> 0.89
-    python spo.py --variant tree
+    python spo.py                   80 s on two cores, held-out accuracy 0.21 -> 0.89
+    python spo.py --variant tree    two minutes, 0.21 -> 0.94
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 """
 
