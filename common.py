@@ -8,6 +8,7 @@ collate() -> token_logprobs() -> loss (in the scripts). Everything is cut on tok
 mask comes from lengths.
 """
 
+import argparse
 import copy
 import csv
 import functools
@@ -558,7 +559,8 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     The folder's name hashes all that shapes the result, and it appears by one rename, so a killed
     warm start leaves none.
     """
-    dtype = torch.float32 if dtype == torch.float16 else dtype  # it goes without a loss scaler
+    if dtype == torch.float16 or device.type == "cpu":  # no loss scaler here; bf16 is slow there
+        dtype = torch.float32
     tokenizer = build_tokenizer()
     tokenizer.instruction = instruction(run, tokenizer)
     torch.manual_seed(run.seed)
@@ -646,6 +648,14 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
             raise BadInput(f"--model {source}: rescales or caps its logits; not supported here")
     model.compute_dtype = dtype
     return model, tokenizer
+
+
+def no_dropout(model) -> None:
+    """Some layers apply dropout themselves in training mode, and recomputing puts them in it."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def eos_ids(model, tokenizer) -> set[int]:
@@ -1135,9 +1145,19 @@ LARGE = dict(  # defaults of every script for a model that others have trained
 )  # fmt: skip
 
 
+def earlier_settings(folder: Path, eval_only: bool) -> dict:
+    """config.json of a run; to evaluate it, without the --model that it began from."""
+    try:
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError):
+        return {}  # `run_folder` and `find_checkpoint` say what is wrong
+    return {key: settings[key] for key in settings if not (eval_only and key == "model")}
+
+
 def parse_args(config_class, script: str, description: str, tiny: dict, large: dict = {}):
-    """(Config, RunConfig) from the command line. --tiny makes `tiny` the defaults; --model with
-    other --data than the built-in task LARGE and `large`."""
+    """(Config, RunConfig) from the command line. Other defaults are LARGE and `large` for --model
+    with other --data than the built-in task, `tiny` for --tiny, and a run's own for --resume and
+    --eval_only."""
     both = (config_class, RunConfig)
     title = description.split("\n")[0]  # argparse would run the whole header together
     parser = HfArgumentParser(both, description=title, allow_abbrev=False)
@@ -1147,17 +1167,25 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
 
     parser.error = refuse
     parser.set_defaults(name=script)
+    for action in parser._actions:  # the help of --no_x would be that of --x
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
     given = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
+    if given.model and given.data != "sums":
+        parser.set_defaults(**LARGE | large)
     if given.tiny:
         parser.set_defaults(**tiny)
-    elif given.model and given.data != "sums":
-        parser.set_defaults(**LARGE | large)
+    if given.resume or (given.eval_only and not given.model):  # as the run began
+        parser.set_defaults(**earlier_settings(Path("runs", given.name), given.eval_only))
     cfg, run, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")
     if not run.name:
         raise BadInput("--name '': a run needs a name")
     return cfg, run
+
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
@@ -1169,8 +1197,7 @@ def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
     dtype = run.dtype if run.dtype != "auto" else "fp32"
     if run.dtype == "auto" and device == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-    return torch.device(device), dtypes[dtype]
+    return torch.device(device), DTYPES[dtype]
 
 
 MEMORY = (*LIMITS, "gradient_checkpointing")  # settings that a resumed run may change
@@ -1241,6 +1268,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     cfg, run = parse_args(config_class, script, description, tiny, large)
     LIMITS.update({key: getattr(run, key) for key in LIMITS})
     device, dtype = pick_device(run)
+    run.device, run.dtype = device.type, next(name for name in DTYPES if DTYPES[name] == dtype)
     folder = run_folder(cfg, run)
     train = load_problems(run.data, "train", None, run.seed, run.terms)
     test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
@@ -1254,6 +1282,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
 
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
+        no_dropout(model)
 
     def held_out() -> dict:
         size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
@@ -1377,8 +1406,8 @@ def cli(main) -> None:
     except KeyboardInterrupt:
         print("\nstopped at once; a run that had begun continues with --resume", file=sys.stderr)
         sys.exit(130)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except RuntimeError as error:  # each device has words of its own
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         less = "--sampling_tokens, --training_tokens, --gradient_checkpointing True, --dtype bf16"
         print(f"\nerror: out of memory; what needs less: {less}, shorter answers; a run that had "

@@ -13,7 +13,8 @@ credit a segment with the value it added (Eq. 2):
     L = -1/Z sum_t M_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + kl_coef KL(pi || pi_initial)
 
 with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
-elsewhere; Z is the sum of M_t.
+elsewhere; Z is the sum of M_t. The KL is k3, summed over a sample's tokens with M_t = 1, mean over
+samples.
 
 Departures from the paper, and choices where paper and released code disagree:
  1. Advantages are used as they are. The code whitens them per micro-batch, which can flip signs.
@@ -23,7 +24,8 @@ Departures from the paper, and choices where paper and released code disagree:
  5. No top-p: the policy that is scored is exactly the one that sampled. The KL is off by default.
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
     groups, and other problems teach more than other answers to the same one.
- 7. Sizes and learning rate suit the small policy of the built-in task, not a 1B model.
+ 7. Sizes and learning rate, which stays as it is after its warm-up, suit the small policy of the
+    built-in task; for other models some are the paper's (LARGE).
 
     python spo.py                   80 s on two cores, held-out accuracy 0.21 -> 0.89
     python spo.py --variant tree    two minutes, 0.21 -> 0.94
@@ -36,6 +38,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,14 +55,14 @@ class Config:
     partition: Literal["cutpoint", "fixed", "newline", "trajectory"] = arg(
         "cutpoint", "chain: where to cut; newline is VinePPO's, trajectory (one segment) GRPO's"
     )
-    interval: int = arg(1, "cutpoint: so many of them to a segment (the paper's m)")
+    interval: int = arg(1, "cutpoints in a segment, by partition cutpoint (the paper's m)")
     threshold: float = arg(0.9, "a token sampled at a lower probability is a cutpoint (rho)")
     continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)")
     segment_tokens: int = arg(12, "fixed, tree: tokens of a segment (M); the tree's last may go on")
     branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level: 6 6 6")
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     replay_age: int = arg(0, "tree: nodes wait up to so many steps to be used; 0: used at once")
-    replay_nodes: int = arg(32, "replay: most nodes of a problem in one step")
+    replay_nodes: int = arg(32, "replay: most nodes of a problem in a step; a 2-2-2 tree has 14")
     mask: bool = arg(True, "train only tokens below the threshold: the probability mask")
     prompts: int = arg(64, "problems per step")
     group_size: int = arg(1, "chain: answers per problem (G)")
@@ -227,14 +230,15 @@ def cutpoints(s: Sample, cfg: Config, interval: int = 1) -> list[int]:
     return segment_starts(torch.tensor(s.old_logprobs).exp(), interval, cfg.threshold)
 
 
-def boundaries(s: Sample, tokenizer, cfg: Config) -> list[int]:
-    """First tokens of the segments of an answer with old log-probs, by cfg.partition."""
+def boundaries(s: Sample, tokenizer, stops, cfg: Config) -> list[int]:
+    """First tokens of the segments of an answer with old log-probs, by cfg.partition. stops: ids
+    that end an answer, and are no line."""
     if cfg.partition == "cutpoint":
         return cutpoints(s, cfg, cfg.interval)
     if cfg.partition == "fixed":
         return list(range(0, len(s.ids), cfg.segment_tokens))
     if cfg.partition == "newline":
-        return common.step_starts(s.ids, tokenizer, "\n", len(s.ids))
+        return common.step_starts(s.ids, tokenizer, "\n", len(s.ids), stops)
     return [0]
 
 
@@ -242,7 +246,8 @@ def assign_credit(model, tokenizer, rollouts, answers, cfg: Config, generator) -
     """SPO-chain: rewarded rollouts, group_size to a prompt, and their true answers -> credit."""
     samples = [Sample(r.prompt, r.ids) for r in rollouts]
     entropy = common.score(model, samples, cfg.temperature)
-    starts = [boundaries(s, tokenizer, cfg) for s in samples]
+    stops = common.eos_ids(model, tokenizer) if tokenizer else set()
+    starts = [boundaries(s, tokenizer, stops, cfg) for s in samples]
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
     if cfg.partition == "trajectory":  # GRPO: the value of the prompt is the mean of its group
         flat, tokens = rewards.mean(1).repeat_interleave(cfg.group_size).tolist(), 0
@@ -303,10 +308,10 @@ def credit_trees(model, tree: Tree, cfg: Config) -> Credit:
         if advantage:
             samples.append(Sample(node.prompt, node.ids, [advantage] * len(node.ids)))
             owners.append(root)
-        if i not in inner:
-            prompt, segments = tree.nodes[root].prompt, [tree.nodes[j] for j in path]
-            ids = [id for segment in segments for id in segment.ids]
-            starts = [len(segment.prompt) - len(prompt) for segment in segments]
+        if i not in inner:  # a leaf: an answer
+            prompt = tree.nodes[root].prompt
+            ids = [*node.prompt, *node.ids][len(prompt) :]
+            starts = [len(tree.nodes[j].prompt) - len(prompt) for j in path]
             credits = [advantages[j] for j in path for _ in tree.nodes[j].ids]
             rollout = Rollout(prompt, ids, node.finished, node.reward)
             answers.append(Answer(root, rollout, starts, credits))
@@ -376,8 +381,8 @@ def pick_answer(credit: Credit) -> int:
     return next(failed, 0)
 
 
-def show_answer(problems, credit: Credit, facts, tokenizer, cfg: Config, colour: bool) -> str:
-    """SPO-chain: an answer of the step with its credit, and what the cutpoints of all fall on."""
+def show_answer(problems, credit: Credit, places: str, tokenizer, cfg: Config, colour) -> str:
+    """SPO-chain: an answer of the step with its credit. places: what the cutpoints of all are."""
     i = pick_answer(credit)
     owner, r, starts, advantages = credit.answers[i]
     title, notes = common.answer_notes(problems[owner], r, tokenizer)
@@ -386,36 +391,36 @@ def show_answer(problems, credit: Credit, facts, tokenizer, cfg: Config, colour:
         pieces[t] = "'" + pieces[t]
     labels = {t: f"{advantages[t]:+.2f}" for t in starts}
     lines = common.credit_lines(pieces, advantages, labels, notes, colour)
-    rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples]
-    places = common.places_of(rows, facts, tokenizer)
     legend = f"  | a segment, ' a cutpoint within; cutpoints of this step:\n  {places}"
     return "\n".join([title, *lines, legend])
 
 
-def show_tree(problems, tree: Tree, credit: Credit, tokenizer, cfg: Config, colour: bool) -> str:
+def show_tree(problems, tree: Tree, credit: Credit, tokenizer, cfg: Config, colour) -> str:
     """SPO-tree: the tree of a problem, a node a line, as wide as the terminal. Where all answers
     are right or all wrong nothing has credit, and only the node above them is shown."""
     owner = credit.answers[pick_answer(credit)].owner
-    rewards = [node.reward for node in tree.nodes]
+    rewards, problem = [node.reward for node in tree.nodes], problems[owner]
     values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
     paths = [tree.path(i) for i in range(len(tree.nodes))]
-    lines = [f"{common.problem_title(problems[owner])}, V {values[owner]:.2f}"]
+    tail = f", V {values[owner]:.2f}"
+    lines = [common.fit(common.problem_title(problem), len(tail)) + tail]
     for i in sorted(range(len(paths)), key=paths.__getitem__):  # depth first
         root, node = paths[i][0], tree.nodes[i]
         if root == owner != i and 0 < values[tree.parents[i]] < 1:
             ids = [*node.prompt, *node.ids][len(tree.nodes[root].prompt) :]
-            wrong = common.first_wrong_token(ids, problems[owner], tokenizer)
+            wrong = common.first_wrong_token(ids, problem, tokenizer)
             mark = "!" if wrong is not None and wrong >= len(ids) - len(node.ids) else " "
             head = f"{'    ' * (len(paths[i]) - 1)}V {values[i]:.2f} A {advantages[i]:+.2f} {mark} "
             text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), len(head))
             lines.append(head + (common.paint(text, advantages[i]) if colour else text))
-    return "\n".join([*lines, "  ! the first wrong token is in this node"])
+    return "\n".join(lines + ["  ! the first wrong token is in this node"] * problem.checkable)
 
 
 def headline(cfg: Config, train: list[Problem]) -> str:
     tree = f"segments of {cfg.segment_tokens} tokens, branching {'-'.join(map(str, cfg.branching))}"
-    how = tree if cfg.variant == "tree" else f"{cfg.group_size} answers, partition {cfg.partition}"
+    how = tree if cfg.variant == "tree" else f"partition {cfg.partition}"
     sizes = f"{cfg.steps} steps of {cfg.prompts} problems"
+    sizes += f" x {cfg.group_size} answers" if cfg.group_size > 1 else ""
     return f"SPO-{cfg.variant}: {sizes}, {how}, mask {'on' if cfg.mask else 'off'}"
 
 
@@ -473,10 +478,12 @@ def main() -> None:
         )  # fmt: skip
         if run.show_every and (step + 1) % run.show_every == 0:
             if cfg.variant == "tree":
-                show, shown = show_tree, (problems, tree, credit, tokenizer, cfg)
+                view = partial(show_tree, problems, tree, credit, tokenizer, cfg)
             else:
-                show, shown = show_answer, (problems, credit, facts, tokenizer, cfg)
-            common.show(folder, lambda colour: f"step {step + 1}: {show(*shown, colour)}")
+                rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
+                places = common.places_of(rows, facts, tokenizer)
+                view = partial(show_answer, problems, credit, places, tokenizer, cfg)
+            common.show(folder, lambda colour: f"step {step + 1}: {view(colour)}")
     common.finish_run(folder, progress, evaluate(), *common.hit_rates(progress))
 
 

@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
 from common import Sample
 from conftest import ENV, ROOT
 from test_common import random_samples
+from test_models import byte_level_bpe, word_problems
 
 # ------------------------------------------------------------------------------- the loss scaler
 
@@ -93,6 +95,11 @@ def models_with_dropout():
         vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, attention_dropout=0.5,
     ))  # fmt: skip
+    # OPT's layers call dropout themselves, by their own training mode.
+    yield OPTForCausalLM(OPTConfig(
+        vocab_size=13, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.5, attention_dropout=0.5,
+    ))  # fmt: skip
 
 
 def test_recomputed_layers_give_the_same_gradient_without_dropout(monkeypatch):
@@ -100,6 +107,7 @@ def test_recomputed_layers_give_the_same_gradient_without_dropout(monkeypatch):
         model.eval()
         other, batch = copy.deepcopy(model), common.collate(random_samples(5))
         other.activation_checkpointing_enable(dict(use_reentrant=False))
+        common.no_dropout(other)
         calls = []
         layer = [x for x in other.modules() if getattr(x, "gradient_checkpointing", False)][-1]
         hook = next(iter(layer.children()))
@@ -177,8 +185,47 @@ def test_on_a_gpu_the_ratio_is_one_before_the_first_update(dtype):
 @cuda
 def test_on_a_gpu_sampling_and_scoring_agree_with_the_cpu():
     torch.manual_seed(0)
-    model = common.build_policy(257).eval()
-    samples = random_samples(9)
+    model, samples = common.build_policy(257).eval(), random_samples(9)
+    prefixes, options = [s.context for s in samples], dict(max_new_tokens=9, eos={256}, greedy=True)
     one = common.token_logprobs(model, common.collate(samples))
+    drawn = common.sample(model, prefixes, 2, **options)
     two = common.token_logprobs(model.to("cuda"), common.collate(samples, "cuda"))
     assert torch.allclose(one, two.cpu(), atol=1e-3)
+    same = [r.ids == s.ids for r, s in zip(drawn, common.sample(model, prefixes, 2, **options))]
+    assert sum(same) > len(same) / 2  # a tie may be broken otherwise
+
+
+@cuda
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_on_a_gpu_a_killed_run_resumes(tmp_path, dtype):
+    flags = f"--terms 2 --warm_start_steps 60 --prompts 8 --steps 4 --save_every 2 --dtype {dtype}"
+    command = [sys.executable, str(ROOT / "spo.py"), *flags.split(), "--eval_problems", "9"]
+    stop = "import common; f = common.log_step; common.log_step = lambda *a, **k: (f(*a, **k), "
+    stop += "__import__('os')._exit(9) if a[2] == 2 else 0); import spo; common.cli(spo.main)"
+    options = dict(cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", stop, *command[2:]], **options)
+    assert killed.returncode == 9, killed.stderr
+    done = subprocess.run([*command, "--resume"], **options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "spo" / "summary.json").exists()
+
+
+@cuda
+@pytest.mark.parametrize("script", ["spo", "spo --variant tree", "mpo", "reset_po"])
+def test_on_a_gpu_a_model_of_half_a_billion_takes_a_whole_step(tmp_path, script):
+    """Random weights in Qwen2.5-0.5B's shape: what counts is that memory and dtypes hold."""
+    tokenizer = byte_level_bpe("qwen2")
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, word_problems())))
+    name, *flags = script.split()
+    flags += "--model model --data rows.jsonl --steps 1 --prompts 8 --eval_problems 2".split()
+    flags += ["--max_new_tokens", "128"]
+    command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

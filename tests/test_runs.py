@@ -883,7 +883,8 @@ def test_a_given_model_on_given_problems_has_other_defaults(warm, run, script):
         done = run(*sizes, *more, "--name", name, script=script)
         assert done.code == 0, done.err
         settings[name] = json.loads((warm / "runs" / name / "config.json").read_text())
-    assert settings["both"]["lr"] == 1e-6 < settings["sums"]["lr"] == settings["tiny"]["lr"]
+    assert settings["both"]["lr"] == settings["tiny"]["lr"] == 1e-6 < settings["sums"]["lr"]
+    assert settings["tiny"]["eval_samples"] == 2
     assert settings["both"]["gradient_checkpointing"] is True
     assert settings["both"]["max_new_tokens"] == 8  # what is given counts
     assert settings["sums"]["gradient_checkpointing"] is False
@@ -935,6 +936,25 @@ common.optimizer_step = overflow
     assert torch.load(state, weights_only=True)["scaler"]["scale"] == 2**15
 
 
+def test_a_run_is_resumed_and_evaluated_with_the_settings_it_began_with(base, warm, run):
+    folder = warm / "runs" / "spo"
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*BASE, patch=SLOW, meanwhile=kill).code == -9
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["device"], config["dtype"]) == ("cpu", "fp32")  # what auto came to
+    assert run("--resume").code == 0
+    assert result(folder) == result(base[0] / "runs" / "spo")
+    done = run("--eval_only")
+    after = re.search(r"^after:  (sampled .*)$", base[1].out, re.M)
+    assert (done.code, done.out) == (0, f"6 held-out problems: {after[1]}\n")
+    (start,) = (warm / "runs" / "warm_start").iterdir()
+    again = ["--model", str(start), "--name", "model"]
+    trained = run(*BASE, *again)
+    done = run("--eval_only", "--name", "model")  # the trained policy, not what it began from
+    after = re.search(r"^after:  (sampled .*)$", trained.out, re.M)
+    assert (done.code, done.out) == (0, f"6 held-out problems: {after[1]}\n")
+
+
 def test_memory_flags_change_no_result_and_may_change_on_resume(base, warm, run):
     folder = warm / "runs" / "spo"
     small = ["--training_tokens", "64", "--gradient_checkpointing", "True"]
@@ -956,6 +976,8 @@ common.decode = small
 
 @pytest.mark.parametrize(
     "error", ['torch.OutOfMemoryError("CUDA out of memory")',
+              'RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate")',
+              'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")',
               'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")']
 )  # fmt: skip
 def test_without_memory_one_line_names_the_flags_that_help(warm, run, error):

@@ -658,6 +658,48 @@ def test_the_siblings_std_is_used_if_asked_for(model, monkeypatch):
     assert all(a > b for a, b in pairs)
 
 
+def reward_by_answer(monkeypatch):
+    """Each problem's answer is a token; an answer that begins with it is right."""
+    monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
+    right = lambda ids, finished, answer, _: float(ids[0] == int(answer))  # noqa: E731
+    monkeypatch.setattr(common, "response_reward", right)
+
+
+def test_each_tree_is_judged_by_its_own_problems_answer(model, monkeypatch):
+    reward_by_answer(monkeypatch)
+    states = [([1, i], [], str(i)) for i in range(3)]
+    cfg = tree_config(branching=[3, 2], segment_tokens=1)
+    tree = spo.grow_trees(model, None, states, cfg, torch.Generator().manual_seed(0))
+    credit = spo.credit_trees(model, tree, cfg)
+    assert {a.owner for a in credit.answers} == {0, 1, 2}
+    for owner, r, *_ in credit.answers:
+        assert r.prompt == [1, owner] and r.reward == (r.ids[0] == owner)
+        assert r.finished == (r.ids[-1] == END)
+    assert {a.rollout.finished for a in credit.answers} == {True, False}
+    for s, owner in zip(credit.samples, credit.owners):
+        assert s.context[:2] == [1, owner]
+
+
+def test_each_chain_is_judged_by_its_own_problems_answer(model, monkeypatch):
+    reward_by_answer(monkeypatch)
+    prompts = [[1, i] for i in range(3)]
+    cfg = spo.Config(
+        prompts=3, group_size=2, threshold=1.0, continuations=400, max_new_tokens=HORIZON
+    )
+    generator = torch.Generator().manual_seed(0)
+    states = [(prompt, [], str(i)) for i, prompt in enumerate(prompts)]
+    rollouts = common.complete(model, None, states, 2, HORIZON, generator=generator)
+    answers = [str(i) for i in range(3) for _ in range(2)]
+    credit = spo.assign_credit(model, None, rollouts, answers, cfg, generator)
+    assert [a.owner for a in credit.answers] == credit.owners == [0, 0, 1, 1, 2, 2]
+    for owner, r, starts, advantages in credit.answers:
+        assert r.prompt == prompts[owner] and starts == list(range(len(r.ids)))
+        first = model(torch.tensor([r.prompt])).logits[0, -1].softmax(-1)[owner].item()
+        # Once the first token is there, the value is known: right or wrong for good.
+        assert advantages[0] == pytest.approx(r.reward - first, abs=0.11)
+        assert advantages[1:] == [0.0] * (len(r.ids) - 1)
+
+
 # ---------------------------------------------------------------------------------------- replay
 
 
@@ -707,13 +749,17 @@ def test_partitions_of_a_hand_worked_answer(tokenizer):
     s = Sample([1], ids, None, [math.log(p) for p in probs])
 
     def starts(**options):
-        return spo.boundaries(s, tokenizer, spo.Config(**options))
+        return spo.boundaries(s, tokenizer, {tokenizer.eos_token_id}, spo.Config(**options))
 
     assert starts() == [6, 14, 20] and starts(interval=2) == [6, 20]
     assert starts(partition="fixed", segment_tokens=10) == [0, 10, 20]
     assert starts(partition="fixed", segment_tokens=99) == [0]
     assert starts(partition="newline") == [0, 8, 16]
     assert starts(partition="trajectory", group_size=2) == [0]
+    s.ids = [*common.encode(tokenizer, "1\n" * 30), tokenizer.eos_token_id]
+    assert starts(partition="newline") == list(range(0, 60, 2))  # not only the first twenty
+    s.ids = common.encode(tokenizer, "1\n2\n;")
+    assert spo.boundaries(s, tokenizer, set(s.ids[-1:]), spo.Config(partition="newline")) == [0, 2]
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -825,9 +871,10 @@ def shown_chain(tokenizer, text, probs, starts, advantages, **options):
     s = Sample([1], ids, advantages, logprobs)
     answer = spo.Answer(0, r, starts, advantages)
     credit = spo.Credit([s], [0], [answer], 0.0, 0.0, 0)
-    facts = {(8, -8)}
     cfg = spo.Config(**options)
-    return spo.show_answer([problem], credit, facts, tokenizer, cfg, colour=False)
+    rows = [(s.ids, spo.cutpoints(s, cfg)) for s in credit.samples]
+    places = common.places_of(rows, {(8, -8)}, tokenizer)
+    return spo.show_answer([problem], credit, places, tokenizer, cfg, colour=False)
 
 
 def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
@@ -873,7 +920,10 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenize
     ]
     monkeypatch.setenv("COLUMNS", "36")
     narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
-    assert max(map(len, narrow.split("\n")[1:-1])) == 36 and "…" in narrow
+    assert max(map(len, narrow.split("\n")[:-1])) == 36 and "…" in narrow
+    monkeypatch.setenv("COLUMNS", "20")
+    narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
+    assert narrow.split("\n")[0] == "12+6-8   an…, V 0.25"
     coloured = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=True)
     assert "\033[48;5;" in coloured
 
