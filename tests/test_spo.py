@@ -188,6 +188,16 @@ def test_equal_states_share_one_estimate_and_different_answers_do_not(model, mon
     assert calls == [([[1, 0, 0], [1, 0, 0], [1, 0, 0, 1]], 5, [3, 3, 2])]
 
 
+def test_states_that_differ_in_the_prompt_alone_have_values_of_their_own(monkeypatch):
+    def complete(model, tokenizer, states, n, *args, **options):
+        return [Rollout(prompt, [0], True, float(prompt[1])) for prompt, *_ in states for _ in "xy"]
+
+    monkeypatch.setattr(common, "complete", complete)
+    states = [([5, 1], [0], "a"), ([5, 0], [0], "a"), ([5, 1], [0], "a")]
+    values, tokens = spo.estimate_values(None, None, states, spo.Config(continuations=2), None)
+    assert (values, tokens) == ([1.0, 0.0, 1.0], 4)
+
+
 def test_continuations_are_rewarded_as_whole_answers(model, monkeypatch):
     seen = []
     monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
