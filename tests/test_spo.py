@@ -456,20 +456,12 @@ def test_trees_of_several_problems_do_not_touch():
 
 @pytest.mark.parametrize("scale", [False, True])
 def test_equal_siblings_get_exactly_nothing_in_whatever_order_their_values_were_summed(scale):
-    # Two children of value (0 + 1/3 + 2/3) / 3, their own children in different orders.
-    groups = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0.1, 0.7, 0.2]]
-    orders = [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)]
-    parents, rewards = [-1, 0, 0, 0], [0.0] * 4
-    for child, order in enumerate(orders, 1):
-        for group in order:
-            parents.append(child)
-            rewards.append(0.0)
-            inner = len(parents) - 1
-            parents += [inner] * 3
-            rewards += groups[group]
+    one, two = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]
+    assert sum(one) != sum(two)  # in floating point
+    parents, rewards = [-1, 0, 0] + [1] * 3 + [2] * 3, [0.0] * 3 + one + two
     values, advantages = spo.tree_advantages(parents, rewards, scale)
-    assert values[1] == values[2] == values[3] and advantages[:4] == [0.0] * 4
-    assert any(advantages[4:])
+    assert values[1] == values[2] and advantages[:3] == [0.0] * 3
+    assert advantages[3] == -advantages[5] == advantages[8] < 0
 
 
 @pytest.mark.parametrize("parents", [[0], [-1, 2, 0], [-1, -2], [-1, 1]])
