@@ -503,7 +503,10 @@ def tree_config(**options) -> spo.Config:
     return spo.Config(variant="tree", max_new_tokens=HORIZON, **options)
 
 
-@pytest.mark.parametrize("branching, segment", [([2, 3], 1), ([3, 2, 2], 1), ([2, 2], 3), ([4], 2)])
+@pytest.mark.parametrize(
+    "branching, segment",
+    [([2, 3], 1), ([3, 2, 2], 1), ([2, 2], 3), ([4], 2), ([2, 2, 2], 2), ([2, 2, 2], 3)],
+)
 def test_a_tree_grows_by_segments_and_its_last_level_runs_to_the_end(
     model, monkeypatch, branching, segment
 ):
@@ -527,6 +530,7 @@ def test_a_tree_grows_by_segments_and_its_last_level_runs_to_the_end(
             continue
         last = len(path) == len(branching)
         assert len(node.ids) <= (HORIZON if last else segment) and node.ids
+        assert len(done) <= HORIZON
         assert node.finished == (node.ids[-1] == END)
         whole = node.finished or len(done) == HORIZON  # ended, or without room
         if whole or last:
@@ -756,6 +760,7 @@ def test_partitions_of_a_hand_worked_answer(tokenizer):
     assert starts() == [6, 14, 20] and starts(interval=2) == [6, 20]
     assert starts(partition="fixed", segment_tokens=10) == [0, 10, 20]
     assert starts(partition="fixed", segment_tokens=99) == [0]
+    assert starts(partition="fixed", segment_tokens=23) == [0, 23]
     assert starts(partition="newline") == [0, 8, 16]
     assert starts(partition="trajectory", group_size=2) == [0]
     s.ids = [*common.encode(tokenizer, "1\n" * 30), tokenizer.eos_token_id]
@@ -907,7 +912,8 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenize
     nodes = [Rollout(root, [], False), Rollout(root, [], False)]
     nodes += [Rollout(a, i, True, 0.0) for a, i in zip(above, ids)]
     nodes[4].reward = 1.0
-    tree = spo.Tree(nodes, [-1, -1, 0, 0, 2, 2, 3, 3])
+    other = [Rollout(root, ids[0], True, reward) for reward in (0.0, 1.0)]  # of the second problem
+    tree = spo.Tree(nodes + other, [-1, -1, 0, 0, 2, 2, 3, 3, 1, 1])
     answers = [spo.Answer(0, nodes[4], [0], [0.5]), spo.Answer(0, nodes[5], [0], [-0.5])]
     credit = spo.Credit([], [], answers, 0.0, 0.0, 0)
     cfg = spo.Config(variant="tree")
@@ -920,12 +926,20 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenize
         "    V 0.00 A -0.25 ! 12+6=19 / ",  # all wrong below: not shown
         "  ! the first wrong token is in this node",
     ]
+    nodes[6].reward = 1.0  # right in spite of its text, whose first wrong token is further up
+    lines = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, False).split("\n")
+    assert lines[4:] == [
+        "    V 0.50 A +0.00 ! 12+6=19 / ",
+        "        V 1.00 A +0.50   19-8=11 / #### 11",
+        "        V 0.00 A -0.50   19-8=11 / #### 11",
+        "  ! the first wrong token is in this node",
+    ]
     monkeypatch.setenv("COLUMNS", "36")
     narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
     assert max(map(len, narrow.split("\n")[:-1])) == 36 and "…" in narrow
     monkeypatch.setenv("COLUMNS", "20")
     narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
-    assert narrow.split("\n")[0] == "12+6-8   an…, V 0.25"
+    assert narrow.split("\n")[0] == "12+6-8   an…, V 0.50"
     coloured = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=True)
     assert "\033[48;5;" in coloured
 
