@@ -113,6 +113,10 @@ def test_a_run_leaves_its_settings_metrics_samples_checkpoint_and_summary(base):
     tokens = [0, *(int(row["sampled_tokens"]) for row in rows)]
     assert all(a < b for a, b in zip(tokens, tokens[1:]))
     assert [row["held_out"] != "" for row in rows] == [False, False, False, True, False]
+    for row in rows:  # of 8 answers: one that has a signal has a segment with an advantage
+        signals, segments = 8 * (1 - float(row["no_signal"])), 8 * float(row["boundaries"])
+        assert signals <= int(row["trained"]) <= segments and segments == int(segments)
+    assert any(float(row["no_signal"]) not in (0, 0.5, 1) for row in rows)
     shown = re.findall(r"^step (\d+): ", (folder / "samples.txt").read_text("utf-8"), re.M)
     assert shown == ["1", "2", "3", "4", "5"]
 
@@ -233,6 +237,7 @@ def test_a_replay_holds_back_nodes_and_trains_them_later(warm, run):
         assert run(*BASE, *tree, "--replay_age", age, "--name", age).code == 0
         rows.append([int(row["trained"]) for row in metrics(warm / "runs" / age)])
     every, fresh, waited = rows
+    assert len({weights(warm / "runs" / age) for age in "012"}) == 3
     assert every[0] > fresh[0] == waited[0] > 0  # of each problem one node at most
     assert fresh[1] < waited[1]  # and one of each problem of the step before, which age 1 drops
     state = torch.load(warm / "runs" / "2" / "checkpoint" / "state.pt", weights_only=True)
