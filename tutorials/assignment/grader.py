@@ -6,7 +6,6 @@ grader along.
 """
 
 import ast
-import copy
 import csv
 import importlib.util
 import os
@@ -64,13 +63,20 @@ def short(x) -> str:
     return shapes if len(shapes) < 200 else shapes[:200] + " ..."
 
 
+def own(x):
+    """A copy of what a student's function could change of an argument."""
+    if isinstance(x, torch.Tensor):
+        return x.clone()
+    if isinstance(x, tuple):
+        return type(x)(*map(own, x)) if hasattr(x, "_fields") else tuple(map(own, x))
+    return [own(y) for y in x] if isinstance(x, list) else x
+
+
 def contents(x):
-    """What an argument holds, to see whether it was changed."""
+    """What that holds, to compare."""
     if isinstance(x, torch.Tensor):
         return x.tolist()
-    if isinstance(x, (list, tuple)):
-        return [contents(y) for y in x]
-    return repr(x)
+    return [contents(y) for y in x] if isinstance(x, (list, tuple)) else None
 
 
 # ------------------------------------------------------------------------------------ one task
@@ -93,13 +99,11 @@ def complaint(error: BaseException) -> str:
 
 def check_case(function, case: Case) -> tuple[object, str]:
     """The student's answer to a case, and what is wrong with it."""
-    args = case.args[:1] + copy.deepcopy(case.args[1:]) if callable(case.args[0]) else (
-        copy.deepcopy(case.args))  # fmt: skip
-    before = contents(args)
+    args = own(case.args)
     answer = call(function, args)
     if isinstance(answer, BaseException):
         return answer, complaint(answer)
-    if contents(args) != before:
+    if contents(args) != contents(case.args):
         return answer, "changes what it is given"
     if same(answer, case.wanted, case.wanted):
         return answer, ""
@@ -128,7 +132,7 @@ def known_mistake(task: Task, failed: list[Case], answers: dict[str, object]) ->
     found = []
     for question, wrong in task.mistakes:
         agrees = {
-            case.says: same(answers[case.says], call(wrong, copy.deepcopy(case.args)), case.wanted)
+            case.says: same(answers[case.says], call(wrong, own(case.args)), case.wanted)
             for case in task.checks
             if isinstance(case, Case) and not isinstance(answers[case.says], BaseException)
         }

@@ -1,4 +1,4 @@
-"""The assignment: fifteen-odd formulas of three papers on credit assignment, one to a function.
+"""The assignment: seventeen formulas of three papers on credit assignment, one to a function.
 
 Replace each `raise NotImplementedError` by the formula that its docstring describes, then run
 
@@ -66,10 +66,11 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps):
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """An estimate of KL(p || q) from each token drawn from p, never negative, whose mean over p is
-    KL(p || q) (J. Schulman, "Approximating KL Divergence", 2020; called k3 there).
+    """An estimate of KL(p || q) from each token drawn from p (J. Schulman, "Approximating KL
+    Divergence", 2020). With r = q / p, the mean of -log r over p is the KL, but single values can
+    be negative; the mean of r - 1 is 0, and added to it they cannot.
 
-    log_ratio: log q - log p of the token, cut to [-10, 10] first. Returns its shape, in nats.
+    log_ratio: log r of the token, cut to [-10, 10] first. Returns its shape, in nats.
     """
     raise NotImplementedError
 

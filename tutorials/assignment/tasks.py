@@ -562,7 +562,8 @@ def spo_wrong(change):
 def whitened(logprobs, batch, mask, normaliser, clip_eps):
     x = batch.advantages[mask]
     white = (batch.advantages - x.mean()) / (x.std(correction=0) + 1e-8) if len(x) else 0 * logprobs
-    return reference.spo_loss(logprobs, batch._replace(advantages=white), mask, normaliser, clip_eps)
+    batch = batch._replace(advantages=white)
+    return reference.spo_loss(logprobs, batch, mask, normaliser, clip_eps)
 
 
 SPO_LOSS = Task(

@@ -27,10 +27,13 @@ def run(script: str, bug: int, flags: list[str]) -> Path:
     name = f"lab-{script}-bug{bug}-{words}"[:99].rstrip("-")
     folder = Path("runs") / name
     if not (folder / "summary.json").exists():
-        print(f"\n=== {f'with bug {bug}' if bug else 'healthy'}: {script}.py {' '.join(flags)}")
+        what = f"with bug {bug}" if bug else "healthy"
+        print(f"\n=== {what}: {script}.py {' '.join(flags)}", flush=True)
         inner = [sys.executable, __file__, "--inside", "--bug", str(bug), "--script", script]
         again = ["--resume"] if (folder / "checkpoint").exists() else []
-        subprocess.run([*inner, "--name", name, *flags, *again], check=True)
+        done = subprocess.run([*inner, "--name", name, *flags, *again])
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
     return folder
 
 

@@ -123,6 +123,14 @@ def answers_keep_within_their_budget():
     return None if longest <= 4 else f"with max_new_tokens 4, one has {longest}"
 
 
+def cut_answers_earn_nothing():
+    """An answer that was cut by its budget earns nothing, whatever it says so far."""
+    tokenizer = common.build_tokenizer()
+    ids = common.encode(tokenizer, "3+4=7\n#### 7")
+    earned = [common.response_reward(ids, finished, "7", tokenizer) for finished in (True, False)]
+    return None if earned == [1.0, 0.0] else f"finished it earns {earned[0]}, cut {earned[1]}"
+
+
 def problems_do_not_mix():
     """What an answer earns does not depend on how answers to other problems fared."""
 
@@ -159,6 +167,7 @@ PROPERTIES = [
     chains_telescope,
     siblings_earn_nothing_in_sum,
     answers_keep_within_their_budget,
+    cut_answers_earn_nothing,
     problems_do_not_mix,
     divergences_are_not_negative,
     equal_rewards_teach_nothing,
