@@ -16,7 +16,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("the assignment")
     default = os.environ.get("STUDENT_FILE", str(HERE / "student.py"))
     group.addoption("--file", default=default, help="the file to grade (or $STUDENT_FILE)")
-    group.addoption("--limit", type=float, default=10.0, help="seconds for each task")
+    group.addoption("--limit", type=int, default=10, help="seconds for each task")
     group.addoption("--csv", help="append the points to this file, one row a graded file")
 
 

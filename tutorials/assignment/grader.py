@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import os
 import pickle
+import resource
 import select
 import signal
 import time
@@ -166,13 +167,15 @@ def grade_task(task: Task, function) -> Result:
 # --------------------------------------------------------------------------------- the whole file
 
 
-def forked(work, limit: float):
-    """work()'s result from a process of its own; a text if it ends otherwise or takes too long."""
+def forked(work, limit: int):
+    """work()'s result from a process of its own; a text if it ends otherwise or takes too long:
+    `limit` seconds of computing, or, asleep or on a busy machine, six times as many by the clock."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         try:
             os.setsid()  # what it starts in turn can be ended with it
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
             nowhere = os.open(os.devnull, os.O_RDWR)
             for number in (0, 1, 2):
                 os.dup2(nowhere, number)
@@ -181,21 +184,21 @@ def forked(work, limit: float):
         finally:
             os._exit(0)
     os.close(writer)
-    data, until = b"", time.monotonic() + limit
+    data, late, until = b"", False, time.monotonic() + 6 * limit
     while select.select([reader], [], [], max(0, until - time.monotonic()))[0]:
         if not (piece := os.read(reader, 1 << 16)):
             break
         data += piece
     else:
-        data = None
+        late = True
     os.close(reader)
     try:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass  # it has ended
-    os.waitpid(pid, 0)
-    if data is None:
-        return f"no answer within {limit:g} s: an endless loop?"
+    _, status = os.waitpid(pid, 0)
+    if late or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return f"no answer within {limit} s: an endless loop?"
     return pickle.loads(data) if data else "the process ended without an answer"
 
 
@@ -237,9 +240,9 @@ def run_task(path: Path, task: Task) -> Result:
     return grade_task(task, function)
 
 
-def grade(path, limit: float = 10.0) -> tuple[list[Result], str]:
-    """A Result for each task of a file, and what there is to say of the whole file. limit: seconds
-    for each task."""
+def grade(path, limit: int = 10) -> tuple[list[Result], str]:
+    """A Result for each task of a file, and what there is to say of the whole file. limit: see
+    `forked`, for each task."""
     path = Path(path).resolve()
     trouble = forked(lambda: try_import(path), limit)
     if trouble:
