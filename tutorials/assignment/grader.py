@@ -91,11 +91,14 @@ def call(function, args: tuple):
         return error
 
 
-def complaint(error: BaseException) -> str:
+def complaint(error: BaseException, function) -> str:
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     if isinstance(error, NotImplementedError):
-        return "not written yet"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)]
-    return f"raises {type(error).__name__}: {error} (line {lines[-1]} of its file)"
+        called = [f.name for f in frames if f.name != function.__name__]
+        return f"needs {called[-1]}, which is not written yet" if called else "not written yet"
+    where = f" (line {frames[-1].lineno} of the file)" if frames else ""
+    return f"raises {type(error).__name__}: {error}{where}"
 
 
 def check_case(function, case: Case) -> tuple[object, str]:
@@ -103,7 +106,7 @@ def check_case(function, case: Case) -> tuple[object, str]:
     args = own(case.args)
     answer = call(function, args)
     if isinstance(answer, BaseException):
-        return answer, complaint(answer)
+        return answer, complaint(answer, function)
     if contents(args) != contents(case.args):
         return answer, "changes what it is given"
     if same(answer, case.wanted, case.wanted):
@@ -124,7 +127,7 @@ def check_property(function, holds) -> str:
     try:
         return "" if holds(function) else "does not hold"
     except (Exception, SystemExit) as error:
-        return complaint(error)
+        return complaint(error, function)
 
 
 def known_mistake(task: Task, failed: list[Case], answers: dict[str, object]) -> str:
@@ -169,7 +172,7 @@ def grade_task(task: Task, function) -> Result:
 
 def forked(work, limit: int):
     """work()'s result from a process of its own; a text if it ends otherwise or takes too long:
-    `limit` seconds of computing, or, asleep or on a busy machine, six times as many by the clock."""
+    `limit` seconds of computing, or six times as many by the clock, for it may be asleep."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:

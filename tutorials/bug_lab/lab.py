@@ -70,8 +70,8 @@ def compare(healthy: Path, broken: Path, bug: int) -> None:
     print(f"\n{'':20}{'healthy':^42}{f'with bug {bug}':^42}")
     for key in left:
         pair = [binned(left[key]), binned(right.get(key, []))]
-        if key in ("step", "lr", "seconds") or not any(map(any, pair)):
-            continue  # nothing to see, or 0 in both
+        if key in ("step", "lr", "seconds") or not all(pair) or not any(map(any, pair)):
+            continue  # nothing to compare, or 0 in both
         low, high = min(map(min, pair)), max(map(max, pair))
         cells = [f"{x[0]:9.3g} {curve(x, low, high):<{WIDTH}} {x[-1]:<9.3g}" for x in pair]
         print(f"{key:<20}{'  '.join(cells)}")
