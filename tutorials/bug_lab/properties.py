@@ -10,7 +10,7 @@ import sys
 import torch
 from bugs import HERE
 
-sys.path.insert(0, str(HERE.parents[1] / "tests"))
+sys.path.append(str(HERE.parents[1] / "tests"))
 
 import tiny_policy  # noqa: E402
 
