@@ -117,6 +117,9 @@ def test_a_run_leaves_its_settings_metrics_samples_checkpoint_and_summary(base):
         signals, segments = 8 * (1 - float(row["no_signal"])), 8 * float(row["boundaries"])
         assert signals <= int(row["trained"]) <= segments and segments == int(segments)
     assert any(float(row["no_signal"]) not in (0, 0.5, 1) for row in rows)
+    right = [8 * float(row["accuracy"]) for row in rows]
+    assert right == [int(x) for x in right] and any(right)
+    assert summary(folder)["failures"] <= 8 * 5 - sum(right)
     shown = re.findall(r"^step (\d+): ", (folder / "samples.txt").read_text("utf-8"), re.M)
     assert shown == ["1", "2", "3", "4", "5"]
 
@@ -228,6 +231,23 @@ def test_every_variant_and_partition_runs_and_resumes_to_the_same_end(warm, run,
         # Up to the first update the policy is still the reference.
         assert max(moved) > 1e-9 and ("epochs" in args or moved[0] < 1e-9)
     assert any(float(row["trained"]) for row in rows) and summary(folder)["failures"] > 0
+
+
+@pytest.mark.parametrize("args", ["--group_size 2", "--variant tree --batch_size 0"])
+def test_each_answer_is_compared_with_its_own_problem(warm, run, args):
+    patch = """
+count_hit, seen = common.count_hit, set()
+def check(counts, problem, rollout, starts, advantages, tokenizer):
+    assert tokenizer.decode(rollout.prompt) == problem.question + "\\n"
+    seen.add(problem.question)
+    return count_hit(counts, problem, rollout, starts, advantages, tokenizer)
+common.count_hit = check
+finish = common.finish_run
+common.finish_run = lambda *args: (finish(*args), print("seen", len(seen)))
+"""
+    done = run(*SHORT, *args.split(), patch=patch)
+    assert done.code == 0, done.err
+    assert int(re.search(r"^seen (\d+)$", done.out, re.M)[1]) > 8
 
 
 def test_a_replay_holds_back_nodes_and_trains_them_later(warm, run):

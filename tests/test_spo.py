@@ -962,6 +962,32 @@ def test_credit_hit_of_hand_worked_segments():
     assert common.credit_hit([0], [-0.5] * 3, 2) == (True, 1.0)  # one segment: trivially
 
 
+def test_failures_are_counted_with_their_hits(tokenizer):
+    problem = common.Problem("12+6", "12+6=18\n#### 18", "18", True)
+
+    def rollout(text, reward):
+        return Rollout([1], common.encode(tokenizer, text), True, reward)
+
+    counts = dict(failures=0, hits=0, chance=0.0)
+    assert common.hit_rates(counts) == ({}, "")
+    advantages = [0.0] * 6 + [-0.5] * 2 + [-0.25] * 8  # the worst segment is 6, 7 of 15 tokens
+    for text, reward in (
+        ("12+6=18\n#### 18", 1.0),
+        ("12+6=18\n####  18", 1.0),  # right, if in other words
+        ("12+6=18\n#### 1", 0.0),  # cut, and right so far
+        ("12+6=19\n#### 19", 0.0),  # wrong in token 6
+        ("12+6=18\n#### 19", 0.0),  # wrong in token 14
+        ("12+6=17\n#### 17", 0.0),
+    ):
+        args = (problem, rollout(text, reward), [6, 8], advantages[: len(text)], tokenizer)
+        common.count_hit(counts, *args)
+    assert (counts["failures"], counts["hits"]) == (3, 2)
+    assert counts["chance"] == pytest.approx(3 * 2 / 15)
+    facts, remark = common.hit_rates(counts)
+    assert facts == dict(failures=3, credit_hit=2 / 3, credit_chance=pytest.approx(2 / 15))
+    assert "67% of 3 failures (by chance 13%)" in remark
+
+
 def test_a_config_that_cannot_work_is_refused():
     for bad in (
         dict(interval=0), dict(threshold=0.0), dict(threshold=1.01), dict(temperature=0.0),
