@@ -27,6 +27,11 @@ from tiny_policy import make_policy  # noqa: E402
 torch.set_num_threads(1)  # the models here are too small to share out
 
 
+def pytest_configure(config):
+    about = "notebooks: executes the notebooks of tutorials/; -m 'not notebooks' leaves them out"
+    config.addinivalue_line("markers", about)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
     with pytest.MonkeyPatch.context() as patch:

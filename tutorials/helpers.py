@@ -1,0 +1,285 @@
+"""What the notebooks share: the repository on Python's path, one warm start, small runs that are
+kept until a script changes, and pictures. No algorithm stands in here: those are in the scripts.
+"""
+
+import contextlib
+import csv
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tutorials")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
+os.environ["TQDM_DISABLE"] = "1"  # no bars in kept outputs
+
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from IPython.display import Markdown, display  # noqa: E402
+
+import common  # noqa: E402
+
+plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10})
+SHADES = plt.get_cmap("RdBu")  # red: negative credit, blue: positive
+TERMS, LONGEST = 5, 48  # sums of 3 to 5 terms, answers of at most 48 tokens
+
+
+def source(*functions) -> None:
+    """Show functions as they stand in the scripts."""
+    text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+    display(Markdown(f"```python\n{text}\n```"))
+
+
+def check(mine, right, cases: list[tuple]) -> None:
+    """Compare an exercise's function with the right one, or with a list of right results."""
+    wanted = right if isinstance(right, list) else [right(*case) for case in cases]
+    for case, want in zip(cases, wanted):
+        given = mine(*case)
+        if given is None:
+            print(f"{mine.__name__}: not written yet")
+            return
+        a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (given, want))
+        if a.shape != b.shape or not torch.allclose(a, b, atol=1e-6):
+            print(f"{mine.__name__}{case}: wanted {want}, got {given}")
+            return
+    print(f"{mine.__name__}: right in all {len(cases)} cases")
+
+
+# ------------------------------------------------------------------------- policy and small runs
+
+TINY = f"--tiny --device cpu --terms {TERMS} --max_new_tokens {LONGEST} --show_every 0 "
+TINY += "--save_every 1000 --eval_problems 150 --eval_samples 1"
+COMMANDS = {  # the small runs of notebooks 2 to 5
+    "GRPO": "spo.py --partition trajectory --mask False --prompts 8 --group_size 8 --steps 48 "
+    "--eval_every 24",
+    "SPO-chain": "spo.py --prompts 64 --steps 20 --eval_every 10",
+    "SPO-tree": "spo.py --variant tree --prompts 24 --steps 24 --eval_every 12",
+    "MPO": "mpo.py --prompts 16 --batch_size 32 --steps 20 --eval_every 10",
+    "RRPO": "reset_po.py --method rrpo --prompts 16 --lr 5e-4 --steps 30 --eval_every 15",
+    "SRPO": "reset_po.py --prompts 16 --lr 5e-4 --steps 30 --eval_every 15",
+}
+
+
+class Desk(NamedTuple):
+    """What a notebook works with."""
+
+    model: object
+    tokenizer: object
+    train: list  # problems
+    test: list
+    facts: frozenset  # what the warm start has learned wrong
+
+
+def desk(seed: int = 0) -> Desk:
+    """The warm start of the small runs (made the first time, half a minute) and its problems."""
+    torch.set_num_threads(1)  # the policy is too small to share out
+    run = common.RunConfig(seed=seed, terms=TERMS, warm_start_steps=250)
+    train = common.load_problems("sums", "train", None, seed, TERMS)
+    device, quiet = torch.device("cpu"), io.StringIO()
+    with (
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+    ):
+        folder = common.warm_start(run, train, device, torch.float32)
+        model, tokenizer = common.load_policy(folder, device)
+    test = common.load_problems("sums", "test", 100, seed, TERMS)
+    return Desk(model, tokenizer, train, test, common.wrong_facts(seed))
+
+
+class Run(NamedTuple):
+    label: str
+    seed: int
+    rows: list[dict]  # of metrics.csv, as numbers
+    summary: dict
+
+    def curve(self, x: str) -> list[tuple[float, float]]:
+        """(x, held-out accuracy) from before the run to its end."""
+        points = [(row[x], row["held_out"]) for row in self.rows if "held_out" in row]
+        return [(0.0, self.summary["accuracy_before"]), *points]
+
+
+# A child imports torch once and then does one run after the other: a line of JSON is a job.
+WORKER = """
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+import torch, common, spo, mpo, reset_po, helpers
+torch.set_num_threads(1)
+for line in sys.stdin:
+    script, args = json.loads(line)
+    if script == "warm":
+        helpers.desk(*args)
+    else:
+        sys.argv = [script + ".py", *args]
+        common.cli(sys.modules[script].main)
+    print("done", file=answers, flush=True)
+"""
+
+
+def work(jobs: list) -> None:
+    """Take jobs from the list's end, in a child of one thread, until none is left."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tutorials")])
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen([sys.executable, "-c", WORKER], stderr=log, **options) as child,
+    ):
+        while jobs:
+            job = jobs.pop()
+            print(json.dumps(job), file=child.stdin, flush=True)
+            if child.stdout.readline() != "done\n":
+                log.seek(0)
+                raise RuntimeError(f"{job} failed:\n{log.read()[-2000:]}")
+        child.stdin.close()
+
+
+def run_jobs(jobs: list) -> None:
+    """Two at a time, on a core each."""
+    jobs = jobs[::-1]
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(work, jobs) for _ in range(min(2, len(jobs)))]:
+            job.result()
+
+
+def small_runs(commands: dict[str, str], seeds=(0,)) -> list[Run]:
+    """label -> "spo.py --steps 20 ..." becomes a Run for each seed, with --tiny sizes.
+
+    A finished run is kept in runs/, under a name that hashes its command, its script and common.py:
+    change one of them, and it is run again.
+    """
+    folders, jobs = {}, []
+    for label, command in commands.items():
+        for seed in seeds:
+            script, flags = command.split(".py", 1)
+            text = "".join((ROOT / f"{name}.py").read_text() for name in (script, "common"))
+            flags = f"{TINY} {flags} --seed {seed}"
+            name = f"tutorial-{hashlib.sha256((text + flags).encode()).hexdigest()[:10]}"
+            folder = folders[label, seed] = ROOT / "runs" / name
+            if not (folder / "summary.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                jobs.append((script, [*flags.split(), "--name", name]))
+    if jobs:
+        run_jobs([("warm", [seed]) for seed in seeds])
+        run_jobs(jobs)
+    return [Run(*key, *read_run(folder)) for key, folder in folders.items()]
+
+
+def read_run(folder: Path) -> tuple[list[dict], dict]:
+    with open(folder / "metrics.csv") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return rows, json.loads((folder / "summary.json").read_text())
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def stderr(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def draw_curves(ax, runs: list[Run], x: str, label_of_x: str) -> None:
+    """Held-out accuracy: a line a label; over several seeds their mean, with its standard error. Of
+    one seed the bars are the error of the test problems alone."""
+    for label in dict.fromkeys(run.label for run in runs):
+        curves = [run.curve(x) for run in runs if run.label == label]
+        points = list(zip(*curves))  # evaluation by evaluation
+        xs = [statistics.mean(x for x, _ in point) for point in points]
+        ys = [[y for _, y in point] for point in points]
+        means, errors = list(map(statistics.mean, ys)), list(map(stderr, ys))
+        if len(curves) == 1:
+            run = next(run for run in runs if run.label == label)
+            errors = [run.summary["accuracy_stderr"]] * len(xs)
+        ax.errorbar(xs, means, errors, label=label, marker="o", markersize=4, capsize=3)
+    seeds = len({run.seed for run in runs})
+    title = f"mean of {seeds} seeds, its standard error" if seeds > 1 else "one seed"
+    ax.set(xlabel=label_of_x, ylabel="held-out accuracy", title=title)
+    ax.grid(alpha=0.3)
+
+
+class Row(NamedTuple):
+    """An answer to draw: its tokens, a number for each, and what to mark."""
+
+    title: str
+    pieces: list[str]
+    numbers: list[float]
+    starts: list[int] = []  # a bar in front of these tokens
+    wrong: int | None = None  # framed
+
+
+def pieces_of(ids: list[int], tokenizer) -> list[str]:
+    """Tokens as one or two visible characters each."""
+    names = {"\n": "\u21b5", "<end>": "\u25a0", " ": "\u2423"}
+    return [names.get(piece, piece) for piece in (tokenizer.decode([id]) for id in ids)]
+
+
+def draw_answers(rows: list[Row], legend: str, top: float = 1.0, shades=SHADES, low=None) -> None:
+    """Answers as rows of boxes, a box a token, coloured by its number between `low` (-top) and
+    `top`. A bar opens a segment; a black frame is the first wrong token."""
+    width, low = max(len(row.pieces) for row in rows), -top if low is None else low
+    figure, ax = plt.subplots(figsize=(max(8, 0.21 * width), 0.62 * len(rows) + 0.9))
+    norm = plt.Normalize(low, top)
+    for y, row in enumerate(rows):
+        for t, (piece, number) in enumerate(zip(row.pieces, row.numbers)):
+            colour = shades(norm(number))
+            edge = "black" if t == row.wrong else "lightgrey"
+            box = plt.Rectangle((t, y), 1, 0.62, facecolor=colour, edgecolor=edge,
+                                linewidth=2 if t == row.wrong else 0.4,
+                                zorder=3 if t == row.wrong else 1)  # fmt: skip
+            ax.add_patch(box)
+            dark = sum(colour[:3]) < 1.4
+            ax.text(t + 0.5, y + 0.33, piece, ha="center", va="center", family="DejaVu Sans Mono",
+                    color="white" if dark else "black", zorder=4)  # fmt: skip
+        for t in row.starts:
+            ax.plot([t, t], [y - 0.06, y + 0.68], color="black", linewidth=1.6, zorder=5)
+        ax.text(0, y - 0.09, row.title, fontsize=9)
+    ax.set(xlim=(-0.2, width + 0.2), ylim=(len(rows) - 0.2, -0.4))
+    ax.axis("off")
+    bar = figure.colorbar(plt.cm.ScalarMappable(norm, shades), ax=ax, shrink=0.8, pad=0.01)
+    bar.set_label(legend)
+    plt.show()
+
+
+def draw_tree(tree, root: int, values: list[float], advantages: list[float], tokenizer) -> None:
+    """One problem's tree: a box a node, with its text and value, coloured by its advantage."""
+    children = {}
+    for node, parent in enumerate(tree.parents):
+        children.setdefault(parent, []).append(node)
+    place, depth = {}, {}
+
+    def put(node: int, level: int, free: float) -> float:
+        depth[node] = level
+        below = children.get(node, [])
+        for child in below:
+            free = put(child, level + 1, free)
+        place[node] = statistics.mean(place[child] for child in below) if below else free
+        return free if below else free + 1
+
+    leaves = put(root, 0, 0.0)
+    figure, ax = plt.subplots(figsize=(11, 0.52 * leaves + 0.8))
+    norm, levels = plt.Normalize(-1, 1), max(depth.values())
+    for node, y in place.items():
+        x = depth[node] * 1.35
+        text = "".join(pieces_of(tree.nodes[node].ids, tokenizer)) or "(prompt)"
+        text = f"{text}\nV {values[node]:.2f}" + (f"  A {advantages[node]:+.2f}" if x else "")
+        for child in children.get(node, []):
+            ax.plot([x + 1, x + 1.35], [y, place[child]], color="grey", linewidth=1, zorder=1)
+        colour = SHADES(norm(advantages[node]))
+        ax.add_patch(plt.Rectangle((x, y - 0.4), 1, 0.8, facecolor=colour, edgecolor="grey"))
+        ax.text(x + 0.5, y, text, ha="center", va="center", fontsize=8, family="DejaVu Sans Mono",
+                color="white" if sum(colour[:3]) < 1.4 else "black")  # fmt: skip
+    ax.set(xlim=(-0.05, levels * 1.35 + 1.05), ylim=(leaves - 0.5, -0.6))
+    ax.axis("off")
+    plt.show()
