@@ -4,6 +4,7 @@
 """
 
 import ast
+import inspect
 import json
 import re
 import shutil
@@ -14,11 +15,16 @@ import pytest
 import torch
 
 import common
+import mpo
+import reset_po
+import spo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
 
 import mtp_heads  # noqa: E402
+import resets_theory  # noqa: E402
+import tiny_policy  # noqa: E402
 
 NAMES = ["1_policy_gradient", "2_spo", "3_resets", "4_mpo", "5_side_by_side"]
 PATHS = [ROOT / "tutorials" / f"{name}.ipynb" for name in NAMES]
@@ -110,6 +116,16 @@ class TestKept:
         here = {node.name for text in code for node in ast.walk(ast.parse(text))
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef))}  # fmt: skip
         assert not here & defined
+
+    def test_the_source_that_is_shown_is_that_of_the_scripts_as_they_are(self, path):
+        modules = {m.__name__: m for m in (common, spo, mpo, reset_po, resets_theory, tiny_policy)}
+        for cell in code_cells(read(path)):
+            if text_of(cell).lstrip().startswith("source("):
+                call = ast.parse(text_of(cell)).body[0].value
+                functions = [eval(ast.unparse(arg), modules) for arg in call.args]
+                shown = "".join(cell["outputs"][0]["data"]["text/markdown"])
+                for function in functions:
+                    assert inspect.getsource(function).rstrip() in shown, function.__name__
 
     def test_lines_of_code_fit(self, path):
         code = [text_of(cell) for cell in code_cells(read(path))] + solutions(read(path))
