@@ -47,7 +47,8 @@ def token_logprobs(model, batch, temperature: float = 1.0) -> Tensor:
     """log pi(y_t | what stands before it) of each trained token, at the sampling temperature.
 
     model(batch.input_ids).logits is (B, L, V). The logits at position i are the model's opinion on
-    the token at position i + 1. Temperature T samples from softmax(logits / T).
+    the token at position i + 1. In row b the trained tokens follow right after context_lens[b]
+    tokens of context. Temperature T samples from softmax(logits / T).
     Returns (B, T), 0 outside batch.mask.
     """
     raise NotImplementedError
@@ -177,8 +178,8 @@ def mpo_loss(log_ratio: Tensor, batch, normaliser: int, cfg):
         L = -1/N sum_t min(R_t A_t, clip(R_t, 1 - eps, 1 + eps) A_t)
 
     log_ratio (B, T): l, of single tokens. normaliser: N, the tokens of ALL micro-batches of the
-    optimiser step. eps: cfg.clip_eps, or scaled_eps if cfg.scale_eps. Returns three: L (a scalar),
-    log R (B, T), and (B, T) bool: where the clip took the gradient away.
+    optimiser step, never 0. eps: cfg.clip_eps, or scaled_eps if cfg.scale_eps. Returns three: L (a
+    scalar), log R (B, T), and (B, T) bool: where the clip took the gradient away.
     """
     raise NotImplementedError
 
@@ -190,9 +191,10 @@ def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset())
     """Index of the first token of each step of an answer; [0, ...]. Steps are what a reset keeps.
 
     ids: the answer's tokens; tokenizer.decode([id]) is a token's text. Here a token is a character
-    or less, and `delimiter` is one token. A step ends after a delimiter; lines with nothing but
-    white space are no steps. A last id that is one of tokenizer.all_special_ids or of `stops` ended
-    the answer and is no step. At most max_steps: the last of them holds the rest.
+    or less, and `delimiter` is one token. A step ends after a delimiter. A line with nothing but
+    white space is no step and stays with the one before: "1\\n2\\n\\n3" gives [0, 2, 5]. A last id
+    that is one of tokenizer.all_special_ids or of the ids in `stops` ended the answer and is no
+    step. At most max_steps: the last of them holds the rest.
     """
     raise NotImplementedError
 
@@ -213,8 +215,8 @@ def reset_loss(logprobs: Tensor, batch, normaliser: int, clip_eps: float):
         L = -1/2G sum_i A_i mean_t log pi(y_i,t)        over the trained tokens t of rollout i
 
     logprobs (B, T): log pi(y_t) now. normaliser: 2G, the rollouts of ALL micro-batches of the
-    optimiser step. clip_eps: 0 for this loss; above 0, PPO's clipped objective of ratio and A (see
-    clipped_surrogate) stands in the place of A log pi. Returns L (a scalar), and (B, T) bool: where
-    the clip took the gradient away.
+    optimiser step, never 0. clip_eps: 0 for this loss; above 0, PPO's clipped objective of ratio
+    and A (see clipped_surrogate) stands in the place of A log pi. Returns L (a scalar), and (B, T)
+    bool: where the clip took the gradient away.
     """
     raise NotImplementedError

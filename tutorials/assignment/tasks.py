@@ -511,6 +511,7 @@ TREE_ADVANTAGES = Task(
 )  # fmt: skip
 
 UNSURE = batch_of([[1.0, -1.0, 1.0, 1.0], [1.0, 1.0]], [[0.5, 0.9, 1.0, 0.2], [0.95, 0.9 - 1e-3]])
+UNSURE.old_logprobs[1, 2:] = math.log(0.01)  # padding, where anything may stand
 MASK_ON = SimpleNamespace(mask=True, threshold=0.9)
 MASK_OFF = SimpleNamespace(mask=False, threshold=0.9)
 
@@ -537,6 +538,9 @@ TRAINED_TOKENS = Task(
         ("With the mask off, do you train padding?",
          lambda batch, cfg: reference.trained_tokens(batch, cfg) if cfg.mask
          else torch.ones_like(batch.mask)),
+        ("Do you train padding that looks unsure? Only batch.mask knows where tokens stand.",
+         lambda batch, cfg: batch.old_logprobs.exp() < cfg.threshold if cfg.mask
+         else batch.mask),
         ("Do you forget cfg.mask?",
          lambda batch, cfg: batch.mask & (batch.old_logprobs.exp() < cfg.threshold)),
     ],
@@ -693,6 +697,9 @@ BLOCK_LOG_RATIO = Task(
                                for layout in ("window", "block"))),
         Property("joint blocks longer than the row have its sum",
                  lambda f: near(f(L, ROWS, 9, "block", "joint")[0, :4], [15.0] * 4)),
+        Property("a gradient passes through to the tokens it is made of",
+                 lambda f: near(descend(lambda x: -f(x, ROWS, 9, "block", "joint")[0, 0], L)[0, :4],
+                                [1.0] * 4)),
     ],
     [
         ("What happens to the weights where fewer than K tokens are left? Yours sum to less "
