@@ -1154,7 +1154,7 @@ def earlier_settings(folder: Path, eval_only: bool) -> dict:
     return {key: settings[key] for key in settings if not (eval_only and key == "model")}
 
 
-def parse_args(config_class, script: str, description: str, tiny: dict, large: dict = {}):
+def parse_args(config_class, script: str, description: str, tiny: dict, large: dict):
     """(Config, RunConfig) from the command line. Other defaults are LARGE and `large` for --model
     with other --data than the built-in task, `tiny` for --tiny, and a run's own for --resume and
     --eval_only."""
@@ -1261,9 +1261,9 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
 def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline):
     """What every script begins with: (cfg, run, folder, train, model, tokenizer, evaluate).
 
-    headline(cfg, train): what the run will do, in words. train: its problems. evaluate(): held-out
-    accuracy of the model as it then is. --eval_only ends here. Raises BadInput for what cannot
-    work, before anything is written.
+    headline(cfg, train): what the run will do, in words; it may raise BadInput for these problems.
+    train: the problems. evaluate(): held-out accuracy of the model as it then is. --eval_only ends
+    here. Raises BadInput for what cannot work, before anything is written.
     """
     cfg, run = parse_args(config_class, script, description, tiny, large)
     LIMITS.update({key: getattr(run, key) for key in LIMITS})
@@ -1279,7 +1279,6 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     if not run.eval_only:
         print(title)
     model, tokenizer = open_policy(run, folder, train, test, device, dtype)
-
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
         no_dropout(model)

@@ -221,7 +221,7 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
                 sums["token_clip"] += cut.sum().item()
                 sums["block_clip"] += clipped.sum().item()
                 pair = torch.stack([log_ratio, log_blocks])[:, batch.mask].double().cpu()  # (2, N)
-                sums["kl"] += (pair[0].exp() - 1 - pair[0]).sum().item()
+                sums["kl"] += common.k3(pair[0]).sum().item()
                 ratio = pair.clamp(-10, 10).exp()  # as in the loss
                 moments += torch.stack([ratio.sum(1), (ratio**2).sum(1)])
                 tokens += pair.shape[1]

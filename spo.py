@@ -230,14 +230,14 @@ def cutpoints(s: Sample, cfg: Config, interval: int = 1) -> list[int]:
     return segment_starts(torch.tensor(s.old_logprobs).exp(), interval, cfg.threshold)
 
 
-def boundaries(s: Sample, tokenizer, stops, cfg: Config) -> list[int]:
-    """First tokens of the segments of an answer with old log-probs, by cfg.partition. stops: ids
-    that end an answer, and are no line."""
+def boundaries(s: Sample, model, tokenizer, cfg: Config) -> list[int]:
+    """First tokens of the segments of an answer with old log-probs, by cfg.partition."""
     if cfg.partition == "cutpoint":
         return cutpoints(s, cfg, cfg.interval)
     if cfg.partition == "fixed":
         return list(range(0, len(s.ids), cfg.segment_tokens))
     if cfg.partition == "newline":
+        stops = common.eos_ids(model, tokenizer)
         return common.step_starts(s.ids, tokenizer, "\n", len(s.ids), stops)
     return [0]
 
@@ -246,8 +246,7 @@ def assign_credit(model, tokenizer, rollouts, answers, cfg: Config, generator) -
     """SPO-chain: rewarded rollouts, group_size to a prompt, and their true answers -> credit."""
     samples = [Sample(r.prompt, r.ids) for r in rollouts]
     entropy = common.score(model, samples, cfg.temperature)
-    stops = common.eos_ids(model, tokenizer) if tokenizer else set()
-    starts = [boundaries(s, tokenizer, stops, cfg) for s in samples]
+    starts = [boundaries(s, model, tokenizer, cfg) for s in samples]
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
     if cfg.partition == "trajectory":  # GRPO: the value of the prompt is the mean of its group
         flat, tokens = rewards.mean(1).repeat_interleave(cfg.group_size).tolist(), 0

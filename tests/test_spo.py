@@ -748,14 +748,16 @@ def test_replay_drops_what_has_waited_too_long():
 # ------------------------------------------------------------------------------------ partitions
 
 
-def test_partitions_of_a_hand_worked_answer(tokenizer):
+def test_partitions_of_a_hand_worked_answer(tokenizer, monkeypatch):
+    ends = {tokenizer.eos_token_id}
+    monkeypatch.setattr(common, "eos_ids", lambda *_: ends)
     ids = [*common.encode(tokenizer, "12+6=18\n18-8=10\n#### 10"), tokenizer.eos_token_id]
     probs = [1.0] * len(ids)
     probs[6], probs[14], probs[20] = 0.5, 0.3, 0.8
     s = Sample([1], ids, None, [math.log(p) for p in probs])
 
     def starts(**options):
-        return spo.boundaries(s, tokenizer, {tokenizer.eos_token_id}, spo.Config(**options))
+        return spo.boundaries(s, None, tokenizer, spo.Config(**options))
 
     assert starts() == [6, 14, 20] and starts(interval=2) == [6, 20]
     assert starts(partition="fixed", segment_tokens=10) == [0, 10, 20]
@@ -766,7 +768,8 @@ def test_partitions_of_a_hand_worked_answer(tokenizer):
     s.ids = [*common.encode(tokenizer, "1\n" * 30), tokenizer.eos_token_id]
     assert starts(partition="newline") == list(range(0, 60, 2))  # not only the first twenty
     s.ids = common.encode(tokenizer, "1\n2\n;")
-    assert spo.boundaries(s, tokenizer, set(s.ids[-1:]), spo.Config(partition="newline")) == [0, 2]
+    ends.update(s.ids[-1:])
+    assert starts(partition="newline") == [0, 2]
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -775,6 +778,7 @@ def test_other_partitions_estimate_the_value_of_the_prompt_too(
     model, monkeypatch, partition, mask
 ):
     monkeypatch.setattr(common, "step_starts", lambda ids, *_: list(range(0, len(ids), 2)))
+    monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
     monkeypatch.setattr(
         spo, "estimate_values", lambda *a: ([len(done) / 8 + 0.1 for _, done, _ in a[2]], 0)
     )
