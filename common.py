@@ -91,7 +91,9 @@ class RunConfig:
         "auto", "autocast over fp32 weights; auto: bf16 on cuda (fp16 where it has none), else fp32"
     )
     sampling_tokens: int = arg(1 << 16, "memory: most tokens that are sampled from at once")
-    training_tokens: int = arg(1 << 14, "memory: most tokens in one forward and backward pass")
+    training_tokens: int = arg(
+        0, "memory: most tokens in one pass forward and backward; 0: 16,384, on a CPU 2,048"
+    )
     gradient_checkpointing: bool = arg(False, "memory: layers are computed again going backward")
     terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less")
     warm_start_steps: int = arg(300, "supervised steps that make the built-in policy; 0: none")
@@ -106,8 +108,8 @@ class RunConfig:
 
     def __post_init__(self):
         require_range(self, 0, "seed", "warm_start_steps", "eval_every", "show_every")
-        require_range(self, 1, "eval_problems", "eval_samples", "save_every")
-        require_range(self, 1, "sampling_tokens", "training_tokens")
+        require_range(self, 0, "training_tokens")
+        require_range(self, 1, "eval_problems", "eval_samples", "save_every", "sampling_tokens")
         require_range(self, 2, "terms")
         if self.seed >= 1 << 63:
             raise BadInput(f"--seed {self.seed}: must be below 2**63")
@@ -691,7 +693,8 @@ def loss_scaler(model) -> torch.amp.GradScaler:
 
 # ------------------------------------------------------------------------------------- sampling
 
-LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 14)  # of a run: `set_up` changes them
+# Of a run: `set_up` changes them. More training tokens than this fall out of a CPU's caches.
+LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 11)
 
 
 def slow_bar(label: str, total: int, unit: str) -> tqdm:
@@ -707,7 +710,7 @@ class Rollout:
     reward: float = 0.0
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     model,
     prefixes: list[list[int]],
@@ -723,9 +726,9 @@ def sample(
 ) -> list[Rollout]:
     """`n` continuations of each prefix, prefix-major. Equal prefixes are drawn independently.
 
-    max_new_tokens: one budget, or one per prefix. max_tokens bounds memory: a batch's rows times
-    its longest prefix and budget (--sampling_tokens if None). bar: what to call it if it takes
-    long. Draws from softmax(logits / temperature) over the whole
+    max_new_tokens: one budget, or one per prefix. max_tokens bounds memory: a batch's rollouts
+    times its longest prefix and budget (--sampling_tokens if None). bar: what to call it if it
+    takes long. Draws from softmax(logits / temperature) over the whole
     vocabulary, whatever the checkpoint's generation_config says: the sampled policy is the scored
     one. Raises ValueError for an empty prefix, n < 1, a temperature that is not above 0, a number
     of budgets that is not one per prefix, or more positions than the model has.
@@ -738,19 +741,19 @@ def sample(
         raise ValueError(f"a prefix is empty, or longer with its budget than {window(model)}")
     rollouts = [Rollout(list(prefix), [], False) for prefix in prefixes for _ in range(n)]
     budgets = [budget for budget in budgets for _ in range(n)]
-    # Rows of like length go together, so that little is padded; a row without budget is done.
-    queue = [row for row, budget in enumerate(budgets) if budget]
-    queue.sort(key=lambda row: len(rollouts[row].prompt) + budgets[row])
+    # Prefixes of like length go together, so that little is padded; without budget, one is done.
+    queue = [i for i, budget in enumerate(budgets) if budget]
+    queue.sort(key=lambda i: len(rollouts[i].prompt))
     was_training, max_tokens = model.training, max_tokens or LIMITS["sampling_tokens"]
     model.eval()
     done = slow_bar(bar, len(queue), "answer")
     try:
         while queue:
-            lengths = [len(rollouts[row].prompt) + budgets[row] for row in queue]  # ascending
-            fits = [size for size, longest in enumerate(lengths, 1) if size * longest <= max_tokens]
+            longest = accumulate((len(rollouts[i].prompt) + budgets[i] for i in queue), max)
+            fits = [size for size, length in enumerate(longest, 1) if size * length <= max_tokens]
             size = max(fits, default=1)
-            rows, queue = queue[:size], queue[size:]
-            batch = [rollouts[row] for row in rows], [budgets[row] for row in rows]
+            chosen, queue = queue[:size], queue[size:]
+            batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
             with autocast(model):
                 decode(model, *batch, eos, temperature, greedy, generator, done)
     finally:
@@ -760,57 +763,64 @@ def sample(
 
 
 def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
-    """Extend `rollouts` in place, as one batch: prefill each distinct prefix once, copy its KV
-    cache to all its rows, then sample a token a row until every row has ended, as `bar` shows."""
+    """Extend `rollouts` in place, as one batch, by a token at a time until all have ended, as `bar`
+    shows.
+
+    Rollouts whose text is the same so far have the same distribution of the next token, so they are
+    one row of the forward pass, from which each draws its own: a prefix is prefilled once for all
+    its continuations, and these are computed apart only from where they part.
+    """
     device, head = model.device, model.get_output_embeddings()
     distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
     width = max(map(len, distinct))
     # Padded on the left, all rows get their next token in the same column; positions count from
     # each row's first real token.
     padding = [[0] * (width - len(prefix)) for prefix in distinct]
-    ids = torch.tensor([[*pad, *p] for pad, p in zip(padding, distinct)], device=device)  # (D, L)
+    ids = torch.tensor([[*pad, *p] for pad, p in zip(padding, distinct)], device=device)  # (S, L)
     mask = torch.tensor([[*pad, *[1] * len(p)] for pad, p in zip(padding, distinct)], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)  # (D, L)
+    position = (mask.cumsum(1) - 1).clamp(min=0)  # (S, L)
     cache = DynamicCache(config=model.config)
 
-    def forward(ids, mask, position) -> Tensor:  # the last column's hidden state, (rows, H)
+    def forward(ids, mask, position) -> Tensor:  # the last column's hidden state, (S, H)
         options = dict(attention_mask=mask, position_ids=position, past_key_values=cache)
         return model.base_model(ids, **options, use_cache=True).last_hidden_state[:, -1]
 
-    hidden = forward(ids, mask, position)  # (D, H)
+    hidden, position = forward(ids, mask, position), position[:, -1:]  # (S, H), (S, 1)
     number = {prefix: i for i, prefix in enumerate(distinct)}
-    index = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,)
-    cache.batch_select_indices(index)
-    hidden, mask, position = hidden[index], mask[index], position[index, -1:]  # (R, ...)
+    row = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,) in 0..S-1
     budget, stop = torch.tensor(budgets, device=device), torch.tensor(sorted(eos), device=device)
-    live, t = list(range(len(rollouts))), 0
+    live, t = rollouts, 0
     exact = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
     while True:
-        logits = head(hidden).float()  # (R, V)
+        logits = head(hidden).float()  # (S, V)
         if greedy:
-            token = logits.argmax(-1)  # (R,)
+            token = logits.argmax(-1)[row]  # (R,)
         else:
-            # Inverse CDF: one random number a row; torch.multinomial draws one a vocabulary entry.
-            cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)  # (R, V)
+            # Inverse CDF: one random number a rollout; torch.multinomial draws one for every id.
+            cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)[row]  # (R, V)
             u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=device, generator=generator)
             token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
             token = token.clamp(max=cdf.shape[1] - 1)
         t += 1
         ended = torch.isin(token, stop)  # (R,)
-        for row, id, end in zip(live, token.tolist(), ended.tolist()):
-            rollouts[row].ids.append(id)
-            rollouts[row].finished = end
+        for rollout, id, end in zip(live, token.tolist(), ended.tolist()):
+            rollout.ids.append(id)
+            rollout.finished = end
         going = ~ended & (budget > t)  # (R,)
-        if not going.all():  # finished rows leave the batch, and their cache with them
-            keep = going.nonzero()[:, 0]
-            bar.update(len(live) - len(keep))
-            if not len(keep):
+        if not going.all():
+            live = [rollout for rollout, goes in zip(live, going.tolist()) if goes]
+            bar.update(len(going) - len(live))
+            if not live:
                 return
-            live = [live[i] for i in keep.tolist()]
-            cache.batch_select_indices(keep)
-            token, mask, position, budget = token[keep], mask[keep], position[keep], budget[keep]
+            row, token, budget = row[going], token[going], budget[going]
+        # The new rows: every pair of an old one and a token that somebody drew from it.
+        pair, row = torch.unique(row * logits.shape[1] + token, return_inverse=True)  # (S,), (R,)
+        parent, token = pair // logits.shape[1], pair % logits.shape[1]  # (S,)
+        if not torch.equal(parent, torch.arange(len(mask), device=device)):
+            cache.batch_select_indices(parent)
+            mask, position = mask[parent], position[parent]
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        hidden = forward(token[:, None], mask, position)  # (R, H)
+        hidden = forward(token[:, None], mask, position)  # (S, H)
 
 
 # -------------------------------------------------------------------------------------- scoring
@@ -1266,8 +1276,9 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     here. Raises BadInput for what cannot work, before anything is written.
     """
     cfg, run = parse_args(config_class, script, description, tiny, large)
-    LIMITS.update({key: getattr(run, key) for key in LIMITS})
     device, dtype = pick_device(run)
+    run.training_tokens = run.training_tokens or (1 << 11 if device.type == "cpu" else 1 << 14)
+    LIMITS.update({key: getattr(run, key) for key in LIMITS})
     run.device, run.dtype = device.type, next(name for name in DTYPES if DTYPES[name] == dtype)
     folder = run_folder(cfg, run)
     train = load_problems(run.data, "train", None, run.seed, run.terms)

@@ -349,11 +349,12 @@ SMALL = (
     "--terms 2 --warm_start_steps 60 --prompts 8 --batch_size 8 --max_new_tokens 16 --lr 1e-2 "
     "--warmup_updates 1 --eval_problems 2 --eval_samples 1 --steps 2 --show_every 0"
 ).split()
-SHOWING = {  # flags under which all bugs of a script show, bug 4 apart: it needs cut answers
+SHOWING = {  # flags under which all bugs of a script show; 4 and 5 need cut answers
     "spo": "--temperature 0.7 --kl_coef 0.1 --epochs 2".split(),
     "mpo": "--epochs 4".split(),
     "reset_po": [],
     4: "--max_new_tokens 15".split(),
+    5: "--max_new_tokens 12".split(),
 }
 
 

@@ -851,16 +851,42 @@ def test_max_tokens_bounds_every_batch_and_loses_nothing(monkeypatch):
     assert len(sizes) < 36 and max(rows for rows, _ in sizes) > 2
 
 
-def test_each_distinct_prefix_is_prefilled_once_and_finished_rows_leave():
+def test_each_distinct_text_is_computed_once_and_finished_ones_leave():
     model, counts = llama(), []
-    prefixes = [[1, 2, 3], [4], [1, 2, 3]]
+    prefixes, generator = [[1, 2, 3], [4], [1, 2, 3]], torch.Generator().manual_seed(0)
+    options = dict(max_new_tokens=[4, 2, 9], eos={12}, generator=generator)
     with watch_rows(model.base_model, counts):
-        rollouts = common.sample(model, prefixes, 5, max_new_tokens=[4, 2, 9], eos={12})
-    lengths = [len(r.ids) for r in rollouts]
-    # After the prefill, step t reads the rows that have more than t ids.
-    expected = [2] + [sum(n > t for n in lengths) for t in range(1, max(lengths))]
-    assert counts == expected
-    assert len(set(counts)) > 3
+        rollouts = common.sample(model, prefixes, 5, **options)
+    # Before its token number t a row is read for every distinct text that goes on beyond t ids.
+    longest = max(len(r.ids) for r in rollouts)
+    texts = [{(*r.prompt, *r.ids[:t]) for r in rollouts if len(r.ids) > t} for t in range(longest)]
+    assert counts == [len(distinct) for distinct in texts]
+    rows = [sum(len(r.ids) > t for r in rollouts) for t in range(longest)]
+    assert rows[1] > counts[1] > counts[0] and len(set(counts)) > 3
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_every_rollout_draws_its_own_tokens_from_its_own_text(make):
+    """Against each rollout computed alone, without cache or padding, from the same numbers."""
+    model, temperature, stop = make(), 0.7, {12}
+    prefixes, budgets = [[1, 2, 3], [4], [1, 2, 3], [5, 6]], [6, 9, 12, 3]
+    options = dict(max_new_tokens=budgets, eos=stop, temperature=temperature)
+    given = common.sample(model, prefixes, 5, **options, generator=torch.Generator().manual_seed(1))
+
+    generator = torch.Generator().manual_seed(1)
+    texts = {i: list(prefixes[i // 5]) for i in range(20)}
+    live = sorted(texts, key=lambda i: len(prefixes[i // 5]))  # the order within a batch
+    while live:
+        u = torch.rand(len(live), 1, dtype=torch.float64, generator=generator)
+        for i, number in zip(live, u[:, 0]):
+            with torch.no_grad():
+                logits = model(torch.tensor([texts[i]])).logits[0, -1]
+            cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+            texts[i].append(int((cdf <= number).sum()))
+        done = {i: len(texts[i]) - len(prefixes[i // 5]) for i in live}
+        live = [i for i in live if texts[i][-1] not in stop and done[i] < budgets[i // 5]]
+    assert [[*r.prompt, *r.ids] for r in given] == [texts[i] for i in range(20)]
+    assert len({tuple(text[:6]) for text in texts.values()}) > 10
 
 
 @pytest.mark.parametrize(
