@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -865,7 +866,16 @@ def test_each_distinct_text_is_computed_once_and_finished_ones_leave():
     assert rows[1] > counts[1] > counts[0] and len(set(counts)) > 3
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+def short_sighted():
+    """A llama that sees the last four tokens only."""
+    options = dict(vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**options, **heads, sliding_window=4)
+    return transformers.MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, short_sighted])
 def test_every_rollout_draws_its_own_tokens_from_its_own_text(make):
     """Against each rollout computed alone, without cache or padding, from the same numbers."""
     model, temperature, stop = make(), 0.7, {12}
@@ -887,6 +897,32 @@ def test_every_rollout_draws_its_own_tokens_from_its_own_text(make):
         live = [i for i in live if texts[i][-1] not in stop and done[i] < budgets[i // 5]]
     assert [[*r.prompt, *r.ids] for r in given] == [texts[i] for i in range(20)]
     assert len({tuple(text[:6]) for text in texts.values()}) > 10
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=13, max_position_embeddings=16,
+            rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4),
+        ),
+        transformers.GPTJConfig(
+            vocab_size=13, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=40
+        ),
+        transformers.BloomConfig(vocab_size=13, hidden_size=16, n_layer=2, n_head=2),
+    ],
+    ids=["dynamic rope", "sinusoids", "alibi"],
+)  # fmt: skip
+def test_what_a_model_keeps_from_sampling_can_be_trained_with(config):
+    """Whatever positions it has cached there: tensors of inference mode have no gradient."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    length = min(common.window(model), 40) - 3
+    rollouts = common.sample(model, [[1, 2, 3]], 4, max_new_tokens=length, eos={12})
+    batch = common.collate([common.Sample(r.prompt, r.ids) for r in rollouts])
+    common.token_logprobs(model, batch).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -1000,6 +1000,22 @@ common.decode = small
 
 
 @pytest.mark.parametrize(
+    "device, flags, limit",
+    [("cpu", [], 2048), ("cuda", [], 16384), ("cuda", ["--training_tokens", "99"], 99)],
+)
+def test_micro_batches_are_as_large_as_suits_the_device_or_as_is_said(run, device, flags, limit):
+    patch = f"""
+def stop(cfg, run):
+    raise common.BadInput(f"{{run.training_tokens}} {{common.LIMITS}}")
+import torch
+common.pick_device = lambda run: (torch.device({device!r}), torch.float32)
+common.run_folder = stop
+"""
+    limits = dict(sampling_tokens=1 << 16, training_tokens=limit)
+    assert run(*flags, patch=patch).err == f"error: {limit} {limits}\n"
+
+
+@pytest.mark.parametrize(
     "error", ['torch.OutOfMemoryError("CUDA out of memory")',
               'RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate")',
               'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")',
