@@ -866,6 +866,24 @@ def test_each_distinct_text_is_computed_once_and_finished_ones_leave():
     assert rows[1] > counts[1] > counts[0] and len(set(counts)) > 3
 
 
+def test_the_bar_of_a_slow_step_counts_every_answer_once(monkeypatch):
+    bars = []
+
+    class Bar(list):
+        update, close = list.append, lambda self: None
+
+    def made(label, total, unit):
+        bars.append((label, total, unit, Bar()))
+        return bars[-1][-1]
+
+    monkeypatch.setattr(common, "slow_bar", made)
+    options = dict(max_new_tokens=[4, 0, 9], eos={12}, max_tokens=50, bar="here")
+    common.sample(llama(), [[1, 2, 3], [4], [1, 2, 3]], 5, **options)
+    [(label, total, unit, counts)] = bars
+    assert (label, total, unit) == ("here", 10, "answer")
+    assert sum(counts) == 10 and len(counts) > 2 and min(counts) > 0
+
+
 def short_sighted():
     """A llama that sees the last four tokens only."""
     options = dict(vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
