@@ -853,9 +853,10 @@ def test_max_tokens_bounds_every_batch_and_loses_nothing(monkeypatch):
 
 
 def test_each_distinct_text_is_computed_once_and_finished_ones_leave():
-    model, counts = llama(), []
+    model, counts, with_gradient = llama(), [], []
     prefixes, generator = [[1, 2, 3], [4], [1, 2, 3]], torch.Generator().manual_seed(0)
     options = dict(max_new_tokens=[4, 2, 9], eos={12}, generator=generator)
+    model.lm_head.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
     with watch_rows(model.base_model, counts):
         rollouts = common.sample(model, prefixes, 5, **options)
     # Before its token number t a row is read for every distinct text that goes on beyond t ids.
@@ -864,6 +865,7 @@ def test_each_distinct_text_is_computed_once_and_finished_ones_leave():
     assert counts == [len(distinct) for distinct in texts]
     rows = [sum(len(r.ids) > t for r in rollouts) for t in range(longest)]
     assert rows[1] > counts[1] > counts[0] and len(set(counts)) > 3
+    assert with_gradient == [False] * longest
 
 
 def test_the_bar_of_a_slow_step_counts_every_answer_once(monkeypatch):
