@@ -44,6 +44,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+from transformers.cache_utils import LinearAttentionCacheLayerMixin as StateLayer
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -587,7 +588,7 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     for step in (bar := tqdm(range(run.warm_start_steps), "warm start", unit="step")):
         samples = imitation_batch(run, tokenizer, problems, step)
         total, loss_sum = sum(len(s.ids) for s in samples), 0.0
-        for micro in micro_batches(samples):
+        for micro in micro_batches(samples, training_tokens(device)):
             loss = -token_logprobs(model, collate(micro, device)).sum() / total
             loss.backward()
             loss_sum += loss.item()
@@ -612,7 +613,7 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
     The model stays in eval mode: with dropout on, old and new log-probs would be those of two
     different networks. Of its generation_config only the ids that end an answer are kept: the rest
     shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
-    lacks config, tokenizer or weights, is no text-only decoder, has a chat template that does not
+    lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat template that does not
     work, or whose logits are more than lm_head(hidden state), which `token_logprobs` would not see.
     """
     local = Path(source).is_dir()
@@ -623,6 +624,8 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
         config = AutoConfig.from_pretrained(source, **options)
         if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
             raise ValueError(f"{config.model_type} is not a text-only decoder")
+        if any(isinstance(layer, StateLayer) for layer in DynamicCache(config=config).layers):
+            raise ValueError(f"{config.model_type} keeps a state, which sampling cannot share")
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if tokenizer.eos_token_id is None:
@@ -693,8 +696,7 @@ def loss_scaler(model) -> torch.amp.GradScaler:
 
 # ------------------------------------------------------------------------------------- sampling
 
-# Of a run: `set_up` changes them. More training tokens than this fall out of a CPU's caches.
-LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 11)
+LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 11)  # of a run: `set_up` changes them
 
 
 def slow_bar(label: str, total: int, unit: str) -> tqdm:
@@ -728,9 +730,8 @@ def sample(
 
     max_new_tokens: one budget, or one per prefix. max_tokens bounds memory: a batch's rollouts
     times its longest prefix and budget (--sampling_tokens if None). bar: what to call it if it
-    takes long. Draws from softmax(logits / temperature) over the whole
-    vocabulary, whatever the checkpoint's generation_config says: the sampled policy is the scored
-    one. Raises ValueError for an empty prefix, n < 1, a temperature that is not above 0, a number
+    takes long. Draws from softmax(logits / temperature) over the whole vocabulary, whatever the
+    checkpoint's generation_config says: the sampled policy is the scored one. Raises ValueError for an empty prefix, n < 1, a temperature that is not above 0, a number
     of budgets that is not one per prefix, or more positions than the model has.
     """
     one = isinstance(max_new_tokens, int)
@@ -741,7 +742,7 @@ def sample(
         raise ValueError(f"a prefix is empty, or longer with its budget than {window(model)}")
     rollouts = [Rollout(list(prefix), [], False) for prefix in prefixes for _ in range(n)]
     budgets = [budget for budget in budgets for _ in range(n)]
-    # Prefixes of like length go together, so that little is padded; without budget, one is done.
+    # Prefixes of like length go together, so that little is padded. One without budget is done.
     queue = [i for i, budget in enumerate(budgets) if budget]
     queue.sort(key=lambda i: len(rollouts[i].prompt))
     was_training, max_tokens = model.training, max_tokens or LIMITS["sampling_tokens"]
@@ -749,7 +750,8 @@ def sample(
     done = slow_bar(bar, len(queue), "answer")
     try:
         while queue:
-            longest = accumulate((len(rollouts[i].prompt) + budgets[i] for i in queue), max)
+            lengths = (len(rollouts[i].prompt) + budgets[i] for i in queue)
+            longest = accumulate(lengths, max)  # of the first, the first two, ...: ascending
             fits = [size for size, length in enumerate(longest, 1) if size * length <= max_tokens]
             size = max(fits, default=1)
             chosen, queue = queue[:size], queue[size:]
@@ -763,12 +765,13 @@ def sample(
 
 
 def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
-    """Extend `rollouts` in place, as one batch, by a token at a time until all have ended, as `bar`
-    shows.
+    """Extend the R `rollouts` in place, as one batch, a token at a time until all have ended, as
+    `bar` shows.
 
-    Rollouts whose text is the same so far have the same distribution of the next token, so they are
-    one row of the forward pass, from which each draws its own: a prefix is prefilled once for all
-    its continuations, and these are computed apart only from where they part.
+    Rollouts of one prefix that have drawn the same tokens so far have the same distribution of the
+    next, so they share a row of the forward pass, from which each draws its own: S rows for S
+    distinct texts. A prefix is prefilled once, and its continuations are computed apart only from
+    where they part.
     """
     device, head = model.device, model.get_output_embeddings()
     distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
@@ -963,6 +966,11 @@ def batch_at(items: list, step: int, size: int, seed) -> list:
             order = random.Random(f"{seed}-{epoch}").sample(range(len(items)), len(items))
         batch.append(items[order[place]])
     return batch
+
+
+def training_tokens(device) -> int:
+    """What to compute at once: more tokens than this fall out of a CPU's caches."""
+    return 1 << 11 if device.type == "cpu" else 1 << 14
 
 
 def micro_batches(samples: list[Sample], max_tokens: int | None = None) -> Iterator[list[Sample]]:
@@ -1277,7 +1285,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     """
     cfg, run = parse_args(config_class, script, description, tiny, large)
     device, dtype = pick_device(run)
-    run.training_tokens = run.training_tokens or (1 << 11 if device.type == "cpu" else 1 << 14)
+    run.training_tokens = run.training_tokens or training_tokens(device)
     LIMITS.update({key: getattr(run, key) for key in LIMITS})
     run.device, run.dtype = device.type, next(name for name in DTYPES if DTYPES[name] == dtype)
     folder = run_folder(cfg, run)

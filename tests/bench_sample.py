@@ -41,6 +41,7 @@ def policy(shape: str = ""):
     """(model, tokenizer, problems): the warm start, or random weights in a shape of memory.py."""
     run = common.RunConfig()
     device, dtype = common.pick_device(run)
+    common.LIMITS["training_tokens"] = common.training_tokens(device)
     problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
     if not shape:
         folder = common.warm_start(run, problems, device, dtype)
@@ -118,6 +119,7 @@ def sampling_table(model, tokenizer, prompts: list[list[int]], large: bool) -> N
     print(f"matrix products: {rate / 1e9:,.0f} GFLOP/s; a token: {work / 1e6:,.2f} MFLOP")
     heads = "sample, tokens/s | generate, tokens/s | ratio | computed / sampled | arithmetic limit"
     print(f"|  n | {heads} |\n|---|---|---|---|---|---|")
+    passes = []
     for n in (1, 8, 32):
 
         def ours() -> int:
@@ -138,6 +140,9 @@ def sampling_table(model, tokenizer, prompts: list[list[int]], large: bool) -> N
         ratio, share = statistics.median(a / b for a, b in pairs), counts["decoded"] / sampled
         limit = f"{mine * work / rate:.0%}, computed {mine * share * work / rate:.0%}"
         print(f"| {n} | {mine:,.0f} | {other:,.0f} | {ratio:.1f} | {share:.2f} | {limit} |")
+        rows, each = counts["decoded"] / counts["passes"], sampled / mine / counts["passes"]
+        passes.append(f"{counts['passes']} of {rows:.0f} rows in {1e3 * each:.1f} ms each")
+    print(f"\npasses after the prefill: {', '.join(passes)}")
     if large:  # at n = 1 a pass reads all weights once, for a token a prompt
         options = dict(max_new_tokens=BUDGET, eos=set())
         seconds, _ = timed(device, lambda: common.sample(model, prompts, 1, **options))
@@ -169,13 +174,17 @@ def value_table(model, tokenizer, problems) -> None:
         def theirs():
             prefixes = [common.encode(tokenizer, text) for text, _ in texts]
             ids = iter(generate(model, tokenizer, prefixes, n))
-            tails = [[tokenizer.decode(next(ids)) for _ in range(n)] for _ in texts]
-            return [
-                statistics.mean(common.reward(text + tail, answer) for tail in some)
+            tails = [[next(ids) for _ in range(n)] for _ in texts]
+            rewards = [
+                common.reward(text + tokenizer.decode(tail, skip_special_tokens=True), answer)
                 for (text, answer), some in zip(texts, tails)
+                for tail in some
             ]
+            return torch.tensor(rewards).view(-1, n).mean(1).tolist()
 
-        ours(), theirs()
+        values, beside = torch.tensor(ours()[0]), torch.tensor(theirs())
+        apart = abs(values.mean() - beside.mean()) / (values.var() / len(values)) ** 0.5
+        assert apart < 4 and values.mean() > 0, "the two estimate different values"
         pairs = [(timed(device, ours)[0], timed(device, theirs)[0]) for _ in range(ROUNDS)]
         mine, other = (statistics.median(column) for column in zip(*pairs))
         ratio = statistics.median(b / a for a, b in pairs)
@@ -183,7 +192,7 @@ def value_table(model, tokenizer, problems) -> None:
 
 
 def step(model, tokenizer, problems, cfg: spo.Config, generator) -> spo.Credit:
-    """One step of spo.py, its update without the optimizer's."""
+    """One step of spo.py, which leaves the weights as they are."""
     states = [common.initial_state(tokenizer, problem) for problem in problems]
     if cfg.variant == "tree":
         tree = spo.grow_trees(model, tokenizer, states, cfg, generator)
@@ -193,7 +202,7 @@ def step(model, tokenizer, problems, cfg: spo.Config, generator) -> spo.Credit:
         rollouts = common.complete(model, tokenizer, states, *size, generator=generator)
         answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
         credit = spo.assign_credit(model, tokenizer, rollouts, answers, cfg, generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     spo.update(model, optimizer, schedule, credit.samples, cfg, "0")
     return credit
@@ -207,7 +216,7 @@ def reuse_table(model, tokenizer, problems) -> None:
         "tree, 6-6-6": spo.Config(variant="tree", branching=[6, 6, 6]),
         "GRPO, groups of 8": spo.Config(partition="trajectory", group_size=8, mask=False),
     }
-    heads = "sampled | prefilled | computed after it | all / sampled | prefilling, of the step"
+    heads = "sampled | prefilled | computed after it | both / sampled | prefilling, of the step"
     print(f"| | {heads} |\n|---|---|---|---|---|---|")
     for name, cfg in rows.items():
         work = lambda: step(model, tokenizer, problems, cfg, generator)  # noqa: E731

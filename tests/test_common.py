@@ -731,6 +731,13 @@ def test_each_token_owns_its_share_of_the_random_numbers(monkeypatch):
     assert 0 < best < 60  # so that impossible tokens stand on both sides
     assert draw([[0.0], [0.5], [1 - 2**-53]], 1e-3) == [best] * 3
 
+    # Where the head's logits are bf16, all after them is still in fp32 or better.
+    model.lm_head.register_forward_hook(lambda *call: call[-1].bfloat16())
+    shares = (logits.bfloat16().float() / 0.7).softmax(-1)
+    ends = shares.double().cumsum(-1)
+    edges = torch.cat([ends - shares + 1e-6, ends - 1e-6])[:, None].tolist()
+    assert draw(edges, 0.7) == [*range(61)] * 2
+
 
 @both_models
 def test_sequences_follow_the_plain_model_with_ragged_equal_prefixes_that_end_early(build):

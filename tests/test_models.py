@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config, GPT2Config
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig
+from transformers import MambaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 import common
@@ -159,6 +160,11 @@ def break_encoder_decoder(folder):
     ).save_pretrained(folder)
 
 
+def break_state(folder):
+    sizes = dict(vocab_size=300, hidden_size=8, num_hidden_layers=1, state_size=2)
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(folder)
+
+
 def break_template(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
 
@@ -168,6 +174,8 @@ BREAK = {
     "custom code": (break_custom_code, "config.json"),
     "encoder-decoder": (break_encoder_decoder, "text-only decoder"),
     "vision": (lambda f: change_config(f, model_type="qwen2_vl"), "text-only decoder"),
+    "state": (break_state, "mamba keeps a state"),
+    "hybrid": (lambda f: FalconH1Config().save_pretrained(f), "falcon_h1 keeps a state"),
     "template": (break_template, "chat template"),
     "syntax": (lambda f: (f / "chat_template.jinja").write_text("{% for"), "chat template"),
 }

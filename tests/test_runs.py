@@ -999,6 +999,38 @@ common.decode = small
     assert run(*SHORT, "--sampling_tokens", "200", "--name", "small", patch=spied).code == 0
 
 
+def test_the_policy_is_evaluated_on_held_out_problems_and_trained_on_the_others(warm, run):
+    patch = """
+def split_at(function, index, split):
+    def checked(*args):
+        assert {common.split_of(problem.question) for problem in args[index]} == {split}
+        return function(*args)
+    return checked
+common.evaluate = split_at(common.evaluate, 2, "test")
+common.batch_at = split_at(common.batch_at, 0, "train")
+"""
+    assert run(*SHORT, "--name", "splits", patch=patch).code == 0
+
+
+def test_gradient_checkpointing_is_on_if_asked_for_and_without_dropout(warm, run):
+    patch = """
+evaluate = common.evaluate
+def checked(model, *args):
+    assert model.is_gradient_checkpointing
+    assert not any(layer.self_attn.attention_dropout for layer in model.base_model.layers)
+    return evaluate(model, *args)
+load, common.evaluate = common.load_policy, checked
+def with_dropout(*args):
+    model, tokenizer = load(*args)
+    for layer in model.base_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    return model, tokenizer
+common.load_policy = with_dropout
+"""
+    flags = ["--gradient_checkpointing", "True", "--name", "again"]
+    assert run(*SHORT, *flags, patch=patch).code == 0
+
+
 @pytest.mark.parametrize(
     "device, flags, limit",
     [("cpu", [], 2048), ("cuda", [], 16384), ("cuda", ["--training_tokens", "99"], 99)],
