@@ -791,8 +791,7 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
     hidden, position = forward(ids, mask, position), position[:, -1:]  # (S, H), (S, 1)
     number = {prefix: i for i, prefix in enumerate(distinct)}
     row = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,) in 0..S-1
-    budget, stop = torch.tensor(budgets, device=device), torch.tensor(sorted(eos), device=device)
-    live, t = rollouts, 0
+    live = list(zip(rollouts, budgets))
     exact = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
     while True:
         logits = head(hidden).float()  # (S, V)
@@ -804,18 +803,16 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
             u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=device, generator=generator)
             token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
             token = token.clamp(max=cdf.shape[1] - 1)
-        t += 1
-        ended = torch.isin(token, stop)  # (R,)
-        for rollout, id, end in zip(live, token.tolist(), ended.tolist()):
+        for (rollout, _), id in zip(live, token.tolist()):
             rollout.ids.append(id)
-            rollout.finished = end
-        going = ~ended & (budget > t)  # (R,)
-        if not going.all():
-            live = [rollout for rollout, goes in zip(live, going.tolist()) if goes]
+            rollout.finished = id in eos
+        going = [not r.finished and len(r.ids) < budget for r, budget in live]
+        if not all(going):
+            live = [entry for entry, goes in zip(live, going) if goes]
             bar.update(len(going) - len(live))
             if not live:
                 return
-            row, token, budget = row[going], token[going], budget[going]
+            row, token = row[going], token[going]
         # The new rows: every pair of an old one and a token that somebody drew from it.
         pair, row = torch.unique(row * logits.shape[1] + token, return_inverse=True)  # (S,), (R,)
         parent, token = pair // logits.shape[1], pair % logits.shape[1]  # (S,)
