@@ -27,8 +27,8 @@ Departures from the paper, and choices where paper and released code disagree:
  7. Sizes and learning rate, which stays as it is after its warm-up, suit the small policy of the
     built-in task; for other models some are the paper's (LARGE).
 
-    python spo.py                   80 s on two cores, held-out accuracy 0.21 -> 0.89
-    python spo.py --variant tree    two minutes, 0.21 -> 0.94
+    python spo.py                   65 s on two cores, held-out accuracy 0.22 -> 0.86
+    python spo.py --variant tree    75 s, 0.22 -> 0.93
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 """
 
