@@ -1,4 +1,4 @@
-"""Reruns the tables of results in README.md. By hand, about three quarters of an hour on two cores:
+"""Reruns the tables of results in README.md. By hand, about an hour on two cores:
 
     python tests/results.py             everything: runs what is missing under runs/, then prints
     python tests/results.py default     the tables of the default runs of SPO, on all cores
