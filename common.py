@@ -613,8 +613,9 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
     The model stays in eval mode: with dropout on, old and new log-probs would be those of two
     different networks. Of its generation_config only the ids that end an answer are kept: the rest
     shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
-    lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat template that does not
-    work, or whose logits are more than lm_head(hidden state), which `token_logprobs` would not see.
+    lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat
+    template that does not work, or whose logits are more than lm_head(hidden state), which
+    `token_logprobs` would not see.
     """
     local = Path(source).is_dir()
     if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
@@ -731,8 +732,9 @@ def sample(
     max_new_tokens: one budget, or one per prefix. max_tokens bounds memory: a batch's rollouts
     times its longest prefix and budget (--sampling_tokens if None). bar: what to call it if it
     takes long. Draws from softmax(logits / temperature) over the whole vocabulary, whatever the
-    checkpoint's generation_config says: the sampled policy is the scored one. Raises ValueError for an empty prefix, n < 1, a temperature that is not above 0, a number
-    of budgets that is not one per prefix, or more positions than the model has.
+    checkpoint's generation_config says: the sampled policy is the scored one. Raises ValueError for
+    an empty prefix, n < 1, a temperature that is not above 0, a number of budgets that is not one
+    per prefix, or more positions than the model has.
     """
     one = isinstance(max_new_tokens, int)
     budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)

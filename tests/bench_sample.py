@@ -166,7 +166,7 @@ def value_table(model, tokenizer, problems) -> None:
         for s, problem in zip(samples, problems):
             starts = spo.boundaries(s, model, tokenizer, cfg)
             cut += [(s.context, s.ids[:t], problem.answer) for t in starts]
-        texts = {(tokenizer.decode([*context, *done]), answer): None for context, done, answer in cut}
+        texts = dict.fromkeys((tokenizer.decode([*p, *done]), answer) for p, done, answer in cut)
 
         def ours():
             return spo.estimate_values(model, tokenizer, cut, cfg, generator)

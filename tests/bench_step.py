@@ -97,9 +97,8 @@ def plain_update(model, samples: list[common.Sample], clip_eps: float) -> None:
     logprobs = logprobs.gather(-1, batch.input_ids[:, 1:, None])[..., 0]  # (B, L - 1)
     place = place[:, 1:]
     trained = (batch.context_lens[:, None] <= place) & (place < lengths[:, None])  # (B, L - 1)
-    ratio = (logprobs[trained] - batch.old_logprobs[batch.mask]).exp()
-    advantages = batch.advantages[batch.mask]
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+    log_ratio = logprobs[trained] - batch.old_logprobs[batch.mask]
+    objective, _ = common.clipped_surrogate(log_ratio, batch.advantages[batch.mask], clip_eps)
     (-objective.mean()).backward()
 
 
