@@ -8,11 +8,25 @@ collate() -> token_logprobs() -> loss (in the scripts). Everything is cut on tok
 mask comes from lengths.
 """
 
+import sys
+
+
+def no_traceback_for_ctrl_c(kind, error, trace) -> None:
+    """The imports below take seconds; Ctrl-C meanwhile ends in one line, as it does in `cli`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped before anything had begun", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = no_traceback_for_ctrl_c
+
 import argparse
 import copy
 import csv
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -21,22 +35,24 @@ import random
 import re
 import shutil
 import signal
-import sys
 import zlib
+from bisect import bisect_left
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Iterator, Literal, NamedTuple
 
 import datasets
+import filelock
 import pyarrow.parquet
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -57,23 +73,34 @@ class BadInput(Exception):
     """Something the user gave cannot be used: `cli` prints it as one line and exits with code 2."""
 
 
-def arg(default, help: str):
-    """A dataclass field that the command line documents."""
+def arg(default, help: str, low: float | None = None, above=None, high: float = 1e6):
+    """A dataclass field that the command line documents. Numbers have to be at least `low`, or
+    more than `above`, and at most `high`, which is there to catch a slip of the finger."""
+    metadata = dict(help=help, low=low, above=above, high=high)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(config) -> None:
+    """Raises BadInput for a number of a dataclass that is outside the bounds of its `arg`."""
+    for setting in fields(config):
+        low, above, high = (setting.metadata[key] for key in ("low", "above", "high"))
+        value = getattr(config, setting.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (str, bool)):
+                continue
+            wrong = f"--{setting.name} {number}: must be"
+            if low is not None and not number >= low:  # nor is nan
+                raise BadInput(f"{wrong} at least {low}")
+            if above is not None and not number > above:
+                raise BadInput(f"{wrong} above {above}")
+            if not number <= high:
+                raise BadInput(f"{wrong} at most {high:,.0f}")
 
 
 def one_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def require_range(config, low: float, *names: str, open: bool = False) -> None:
-    """Raises BadInput unless the named numbers are finite and at least `low` (above, if `open`)."""
-    for name in names:
-        value = getattr(config, name)
-        if not math.isfinite(value) or value < low or (open and value == low):
-            raise BadInput(f"--{name} {value}: must be {'above' if open else 'at least'} {low}")
 
 
 @dataclass
@@ -86,36 +113,41 @@ class RunConfig:
     prompt: str = arg(
         "auto", "text below each question; auto: how to answer --data (README); none: nothing"
     )
-    seed: int = arg(0, "fixes problems, warm start, sampling and order")
+    seed: int = arg(0, "fixes problems, warm start, sampling and order", low=0, high=2**63 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "auto: cuda where there is one")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg(
         "auto", "autocast over fp32 weights; auto: bf16 on cuda (fp16 where it has none), else fp32"
     )
-    sampling_tokens: int = arg(1 << 16, "memory: most tokens that are sampled from at once")
+    sampling_tokens: int = arg(
+        0, "memory: most tokens that are sampled from at once; 0: by free memory, on a CPU 65,536",
+        low=0, high=1e12,
+    )  # fmt: skip
     training_tokens: int = arg(
-        0, "memory: most tokens in one pass forward and backward; 0: 16,384, on a CPU 2,048"
-    )
+        0, "memory: most tokens in one pass forward and backward; 0: 16,384, on a CPU 2,048",
+        low=0, high=1e12,
+    )  # fmt: skip
     gradient_checkpointing: bool = arg(False, "memory: layers are computed again going backward")
-    terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less")
-    warm_start_steps: int = arg(300, "supervised steps that make the built-in policy; 0: none")
-    eval_problems: int = arg(500, "held-out problems per evaluation")
-    eval_samples: int = arg(4, "answers sampled to each: accuracy is their mean, pass@k their best")
-    eval_every: int = arg(0, "evaluate every so many steps too; 0: only before and after")
-    show_every: int = arg(10, "show an answer with its credit every so many steps; 0: never")
-    save_every: int = arg(10, "checkpoint every so many steps, and after the last")
+    terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less", low=2)
+    warm_start_steps: int = arg(
+        300, "supervised steps that make the built-in policy; 0: none", low=0
+    )
+    eval_problems: int = arg(500, "held-out problems per evaluation", low=1)
+    eval_samples: int = arg(
+        4, "answers sampled to each: accuracy is their mean, pass@k their best", low=1
+    )
+    eval_every: int = arg(0, "evaluate every so many steps too; 0: only before and after", low=0)
+    show_every: int = arg(10, "show an answer with its credit every so many steps; 0: never", low=0)
+    save_every: int = arg(10, "checkpoint every so many steps, and after the last", low=1)
     tiny: bool = arg(False, "a whole small experiment in half a minute: other defaults")
     resume: bool = arg(False, "continue runs/<name> from its checkpoint")
     eval_only: bool = arg(False, "evaluate --model, or else runs/<name>, and write nothing")
 
     def __post_init__(self):
-        require_range(self, 0, "seed", "warm_start_steps", "eval_every", "show_every")
-        require_range(self, 0, "training_tokens")
-        require_range(self, 1, "eval_problems", "eval_samples", "save_every", "sampling_tokens")
-        require_range(self, 2, "terms")
-        if self.seed >= 1 << 63:
-            raise BadInput(f"--seed {self.seed}: must be below 2**63")
-        if not re.fullmatch(r"[\w.-]{0,99}", self.name) or self.name in (".", "..", "warm_start"):
-            raise BadInput(f"--name {self.name!r}: up to 99 letters, digits, '.', '_', '-', please")
+        check_bounds(self)
+        if not re.fullmatch(r"[\w-][\w.-]{0,98}|", self.name) or self.name == "warm_start":
+            raise BadInput(
+                f"--name {self.name!r}: up to 99 letters, digits, '.', '_', '-', the first no dot"
+            )
 
 
 # ------------------------------------------------------------------------ problems and answers
@@ -217,7 +249,7 @@ def hub_problems(data: str, part: str) -> tuple[Problem, ...]:
     read = [problem_of(row) for row in rows]
     problems = tuple(problem for problem in read if isinstance(problem, Problem))
     if left_out := len(read) - len(problems):
-        print(f"--data {data}: {left_out} of {len(read):,} {part} rows left out, for no answer")
+        say(f"--data {data}: {left_out} of {len(read):,} {part} rows left out, for no answer")
     return problems
 
 
@@ -242,7 +274,10 @@ def file_problems(data: str) -> tuple[Problem, ...]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    for i, line in enumerate(path.read_bytes().splitlines(), 1):
+    data = path.read_bytes()
+    if data.lstrip()[:1] == b"[":
+        raise BadInput(f"{path}, line 1: a JSON array; what is read is one object a line")
+    for i, line in enumerate(data.splitlines(), 1):
         try:
             if line.strip():
                 row = json.loads(line)
@@ -378,21 +413,44 @@ def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset())
     """
     if ids and ids[-1] in {*tokenizer.all_special_ids, *stops}:
         ids = ids[:-1]
-
-    def text(count: int) -> str:  # without a character of which only some bytes are there yet
-        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-
     begins, at = [], 0  # characters
-    for piece in text(len(ids)).split(delimiter):
+    for piece in whole_text(ids, tokenizer).split(delimiter):
         if piece.strip():
             begins.append(at)
         at += len(piece) + len(delimiter)
-    lengths = [len(text(t)) for t in range(len(ids) + 1)]
+    lengths = text_lengths(ids, tokenizer)
     starts = {0}
     for c in begins[1:]:
-        t = next(t for t, length in enumerate(lengths) if length >= c)
+        t = bisect_left(lengths, c)
         starts.add(t if lengths[t] == c else t - 1)  # t - 1: that token holds both sides of c
     return sorted(starts)[:max_steps]
+
+
+def whole_text(ids: list[int], tokenizer) -> str:
+    """What `ids` say, without a last character of which only some bytes are there yet."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+
+def text_lengths(ids: list[int], tokenizer) -> list[int]:
+    """Characters of text that have been there after 0, 1, ... tokens: T + 1 numbers, ascending.
+
+    What a token adds shows beside the few before it: alone it may be part of a character, and the
+    first one may lose its space. Decoding every prefix would take time with the square of T.
+    """
+    lengths, known, tail = [0], "", ""  # known + tail: the text so far
+    a, b, seen = 0, 0, 0  # known: that of ids[:b]; seen: characters of ids[a:b], decoded alone
+    for t in range(1, len(ids) + 1):
+        window = tokenizer.decode(ids[a:t], clean_up_tokenization_spaces=False)
+        tail = window.rstrip("\ufffd")[seen:]
+        lengths.append(max(lengths[-1], len(known) + len(tail)))
+        if t - b >= 3 and not window.endswith("\ufffd"):
+            known, tail = known + tail, ""
+            a, b = b, t
+            seen = len(tokenizer.decode(ids[a:b], clean_up_tokenization_spaces=False))
+    if known + tail != whole_text(ids, tokenizer):  # a byte that is no text has changed others
+        prefixes = (len(whole_text(ids[:t], tokenizer)) for t in range(len(ids) + 1))
+        return list(accumulate(prefixes, max))
+    return lengths
 
 
 def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[bool, float]:
@@ -560,7 +618,7 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
 
     Muon on the matrices and AdamW on the rest learn the task several times faster than AdamW alone.
     The folder's name hashes all that shapes the result, and it appears by one rename, so a killed
-    warm start leaves none.
+    warm start leaves none. Two runs may make the same one at once: what the first saves is kept.
     """
     if dtype == torch.float16 or device.type == "cpu":  # no loss scaler here; bf16 is slow there
         dtype = torch.float32
@@ -575,7 +633,7 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
     name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = Path("runs", "warm_start", name)
     if folder.is_dir():
-        print(f"warm start: {folder}, made earlier")
+        say(f"warm start: {folder}, made earlier")
         return folder
 
     matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
@@ -598,10 +656,14 @@ def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
             optimizer.zero_grad()
             schedule.step()
         bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}")  # two runs may make it at once
-    model.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    shutil.rmtree(tmp) if folder.is_dir() else tmp.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(Path("runs", ".warm_start.lock")):  # held only while one is saved
+        for left in folder.parent.glob(".*"):  # by one that was killed while it saved
+            shutil.rmtree(left)
+        if not folder.is_dir():
+            with new_folder(folder) as tmp:
+                model.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp)
     return folder
 
 
@@ -614,12 +676,16 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
     different networks. Of its generation_config only the ids that end an answer are kept: the rest
     shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
     lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat
-    template that does not work, or whose logits are more than lm_head(hidden state), which
-    `token_logprobs` would not see.
+    template that does not work or weights that are not finite, or whose logits are more than
+    lm_head(hidden state), which `token_logprobs` would not see.
     """
     local = Path(source).is_dir()
     if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
+    if local and not Path(source, "config.json").is_file():
+        inside = sorted(path.parent.name for path in Path(source).glob("*/config.json"))
+        hint = f"; --model {Path(source, inside[0])} would have one" if inside else ""
+        raise BadInput(f"--model {source}: there is no config.json in it{hint}")
     options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -635,10 +701,17 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
         user_turn(tokenizer, "1+1")
         part = "weights"
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
-        if info["missing_keys"]:  # transformers would make them up at random
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+        if info["mismatched_keys"]:  # transformers would make them up at random, as it would
+            name, stored, wanted = min(info["mismatched_keys"])
+            raise ValueError(f"{name} is {[*stored]}, by config.json {[*wanted]}")
+        if info["missing_keys"]:  # these
             raise ValueError(f"there is no {min(info['missing_keys'])}")
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} is not finite")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError("the tokenizer has more tokens than the model has embeddings")
     except Exception as error:
@@ -647,13 +720,46 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
         raise BadInput(f"--model {source}: {reason}") from None
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(model, tokenizer)))
     model = model.to(device).eval()
-    with torch.no_grad():
-        ids = torch.arange(8, device=device)[None] % model.config.vocab_size
-        logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
-        if (model(ids).logits - logits).abs().max() > 1e-5 * logits.abs().max():
-            raise BadInput(f"--model {source}: rescales or caps its logits; not supported here")
+    try:
+        check_forward(model)
+    except ValueError as error:
+        raise BadInput(f"--model {source}: {config.model_type} {error}") from None
     model.compute_dtype = dtype
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_forward(model) -> None:
+    """Raises ValueError unless the model computes what `sample` and `token_logprobs` take it to."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, 8)
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1, 8, H)
+    logits, head = model(ids).logits, model.get_output_embeddings()  # (1, 8, V)
+
+    def same(x: Tensor, y: Tensor, tolerance=1e-3) -> bool:
+        return bool((x - y).abs().max() <= tolerance * y.abs().max())
+
+    if not same(model.base_model(ids[:, :4], use_cache=False).last_hidden_state, hidden[:, :4]):
+        raise ValueError("lets tokens see later ones; not a causal language model")
+    if not same(head(hidden), logits, 1e-5):
+        raise ValueError("rescales or caps its logits; not supported here")
+    cache = DynamicCache(config=model.config)
+    for part in (ids[:, :4], ids[:, 4:]):
+        cached = model.base_model(part, use_cache=True, **{cache_keyword(model): cache})
+    if not same(cached.last_hidden_state, hidden[:, 4:]):
+        raise ValueError("loses its context where keys and values are kept")
+
+
+def cache_keyword(model) -> str:
+    """The name that the installed transformers has for keys and values kept from earlier tokens.
+
+    By the model's signature: many models swallow a keyword that they do not know, and would go on
+    without their context. Raises ValueError for a model that takes none.
+    """
+    known = inspect.signature(model.base_model.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise ValueError("keeps no keys and values")
 
 
 def no_dropout(model) -> None:
@@ -700,6 +806,53 @@ def loss_scaler(model) -> torch.amp.GradScaler:
 LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 11)  # of a run: `set_up` changes them
 
 
+def sampling_tokens(free: int | None, parameters: int, token_bytes: int) -> int:
+    """How many tokens to sample from at once on a device with `free` bytes left beside the weights;
+    65,536 on a CPU (None), where more would be no faster.
+
+    Gradients and AdamW's two moments will take 12 bytes a parameter. Half of what then remains is
+    for keys and values, `token_bytes` a token; the other half for copies of them, which growing
+    takes, for activations and for logits.
+    """
+    return 1 << 16 if free is None else max(1, (free - 12 * parameters) // 2 // token_bytes)
+
+
+def count_parameters(model) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def free_memory(device) -> int | None:
+    """Bytes that tensors can still take on a GPU; None for a CPU."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+@torch.no_grad()
+def token_bytes(model) -> int:
+    """Bytes of keys and values that a model keeps for each token, measured."""
+    cache = KeyValues(config=model.config)
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    with autocast(model):
+        model.base_model(ids, use_cache=True, **{cache_keyword(model): cache})
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // 4
+
+
+class KeyValues(DynamicCache):
+    """transformers' cache, in the dtype that attention computes in under autocast: rotated keys are
+    fp32, take twice the memory, and would be rounded again, all of them, for every token."""
+
+    def update(self, keys, values, *args, **options):
+        if torch.is_autocast_enabled(keys.device.type):
+            dtype = torch.get_autocast_dtype(keys.device.type)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return super().update(keys, values, *args, **options)
+
+
 def slow_bar(label: str, total: int, unit: str) -> tqdm:
     """A bar for part of a step, which shows up only where that part takes seconds."""
     return tqdm(desc=f"  {label}", total=total, unit=unit, leave=False, delay=3)
@@ -713,7 +866,6 @@ class Rollout:
     reward: float = 0.0
 
 
-@torch.inference_mode()
 def sample(
     model,
     prefixes: list[list[int]],
@@ -759,7 +911,10 @@ def sample(
             chosen, queue = queue[:size], queue[size:]
             batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
             with autocast(model):
-                decode(model, *batch, eos, temperature, greedy, generator, done)
+                # inference_mode is faster, but in it autocast casts every weight at every token.
+                low = torch.is_autocast_enabled(model.device.type)
+                with torch.no_grad() if low else torch.inference_mode():
+                    decode(model, *batch, eos, temperature, greedy, generator, done)
     finally:
         done.close()
         model.train(was_training)
@@ -775,7 +930,7 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
     distinct texts. A prefix is prefilled once, and its continuations are computed apart only from
     where they part.
     """
-    device, head = model.device, model.get_output_embeddings()
+    device = model.device
     distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
     width = max(map(len, distinct))
     # Padded on the left, all rows get their next token in the same column; positions count from
@@ -784,27 +939,23 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
     ids = torch.tensor([[*pad, *p] for pad, p in zip(padding, distinct)], device=device)  # (S, L)
     mask = torch.tensor([[*pad, *[1] * len(p)] for pad, p in zip(padding, distinct)], device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)  # (S, L)
-    cache = DynamicCache(config=model.config)
+    cache, cached = KeyValues(config=model.config), cache_keyword(model)
 
     def forward(ids, mask, position) -> Tensor:  # the last column's hidden state, (S, H)
-        options = dict(attention_mask=mask, position_ids=position, past_key_values=cache)
+        options = {"attention_mask": mask, "position_ids": position, cached: cache}
         return model.base_model(ids, **options, use_cache=True).last_hidden_state[:, -1]
 
     hidden, position = forward(ids, mask, position), position[:, -1:]  # (S, H), (S, 1)
+    if cache.get_seq_length() != width:
+        raise RuntimeError(f"{type(model).__name__} has kept no keys and values of its prompts")
     number = {prefix: i for i, prefix in enumerate(distinct)}
     row = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,) in 0..S-1
     live = list(zip(rollouts, budgets))
-    exact = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+    vocab = model.get_output_embeddings().weight.shape[0]
     while True:
-        logits = head(hidden).float()  # (S, V)
-        if greedy:
-            token = logits.argmax(-1)[row]  # (R,)
-        else:
-            # Inverse CDF: one random number a rollout; torch.multinomial draws one for every id.
-            cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)[row]  # (R, V)
-            u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=device, generator=generator)
-            token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
-            token = token.clamp(max=cdf.shape[1] - 1)
+        parts = row.split(max(1, MAX_LOGITS // vocab))
+        drawn = [draw(model, hidden, part, temperature, greedy, generator) for part in parts]
+        token = torch.cat(drawn)  # (R,)
         for (rollout, _), id in zip(live, token.tolist()):
             rollout.ids.append(id)
             rollout.finished = id in eos
@@ -816,13 +967,39 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
                 return
             row, token = row[going], token[going]
         # The new rows: every pair of an old one and a token that somebody drew from it.
-        pair, row = torch.unique(row * logits.shape[1] + token, return_inverse=True)  # (S,), (R,)
-        parent, token = pair // logits.shape[1], pair % logits.shape[1]  # (S,)
+        pair, row = torch.unique(row * vocab + token, return_inverse=True)  # (S,), (R,)
+        parent, token = pair // vocab, pair % vocab  # (S,)
         if not torch.equal(parent, torch.arange(len(mask), device=device)):
             cache.batch_select_indices(parent)
             mask, position = mask[parent], position[parent]
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
         hidden = forward(token[:, None], mask, position)  # (S, H)
+
+
+def draw(model, hidden, row, temperature, greedy, generator) -> Tensor:
+    """(R,) the next token of each rollout. hidden: (S, H) states before it; row: (R,) the one of
+    each rollout."""
+    rows, row = torch.unique(row, return_inverse=True)  # without those of other parts
+    logits = head_logits(model, hidden[rows])  # (S, V)
+    if greedy:
+        return logits.argmax(-1)[row]
+    # Inverse CDF: one random number a rollout; torch.multinomial draws one for every id.
+    exact = exact_dtype(logits.device)
+    cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)[row]  # (R, V)
+    u = torch.rand(len(cdf), 1, dtype=exact, device=cdf.device, generator=generator)
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
+    return token.clamp(max=cdf.shape[1] - 1)
+
+
+def exact_dtype(device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+
+
+def head_logits(model, hidden: Tensor) -> Tensor:
+    """(N, V) logits of hidden states (N, H), in fp32 whatever the autocast dtype: bf16 has three
+    digits, and where logits are about 20 it would move log-probs by more than a small update."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.get_output_embeddings()(hidden.float())
 
 
 # -------------------------------------------------------------------------------------- scoring
@@ -872,10 +1049,9 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: 
     """(B, T) log-prob of every trained id at the sampling temperature, fp32, 0 outside the mask.
 
     The one path for old and new log-probs. Logits exist for trained ids only and a chunk at a
-    time; their log-softmax is in fp32 whatever the autocast dtype. with_entropy: returns a pair,
-    the second being the policy's entropy at each trained id in nats, (B, T).
+    time; they and their log-softmax are fp32 whatever the autocast dtype. with_entropy: returns a
+    pair, the second being the policy's entropy at each trained id in nats, (B, T).
     """
-    head = model.get_output_embeddings()
     # transformers recomputes layers that are in training mode; what is inside them stays out of it,
     # for there would be dropout.
     layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
@@ -885,7 +1061,7 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: 
             layer.training = on
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor):  # (N, H), (N,) -> (N,), (N,)
-        logprobs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+        logprobs = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V)
         chosen = logprobs.gather(-1, targets[:, None])[:, 0]
         return chosen, -(logprobs.exp() * logprobs).sum(-1) if with_entropy else chosen.detach()
 
@@ -896,7 +1072,7 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: 
         recompute(False)
         row, t = batch.mask.nonzero(as_tuple=True)  # (N,), (N,)
         hidden = hidden[row, batch.context_lens[row] + t - 1]  # (N, H): the state BEFORE each id
-        size = max(1, MAX_LOGITS // head.weight.shape[0])
+        size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
         chunks = list(zip(hidden.split(size), batch.targets[row, t].split(size)))
         if len(chunks) > 1 and torch.is_grad_enabled():  # forget logits, recompute in the backward
             parts = [recompute_in_backward(chunk_logprobs, *c, use_reentrant=False) for c in chunks]
@@ -1032,12 +1208,17 @@ def optimizer_step(model, optimizer, schedule, loss: float, max_grad_norm: float
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder under another name, then rename it: readers find the old one or the new."""
+    """Fill a folder under another name, then rename it: readers find the old one or the new. What
+    was written of one that could not be filled is removed."""
     tmp = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    yield tmp
+    try:
+        yield tmp
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -1049,43 +1230,49 @@ LOGS = ("metrics.csv", "samples.txt")  # what grows during a run
 
 
 def save_checkpoint(folder, model, tokenizer, optimizer, schedule, generator, progress, name=""):
-    """checkpoint/ in Hugging Face format, and in it everything that an exact resume needs."""
-    with new_folder(folder / (name or "checkpoint")) as tmp:
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        state = dict(progress=progress, generator=generator.get_state())
-        state |= dict(scaler=loss_scaler(model).state_dict())
-        state |= dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-        logs = [folder / log for log in LOGS]
-        state["log_bytes"] = [log.stat().st_size if log.exists() else 0 for log in logs]
-        torch.save(state, tmp / "state.pt")
+    """checkpoint/ in Hugging Face format, and in it everything that an exact resume needs. Raises
+    OSError, with the last checkpoint as it was, if it cannot be written."""
+    state = dict(progress=progress, generator=generator.get_state())
+    state |= dict(scaler=loss_scaler(model).state_dict())
+    state |= dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
+    logs = [folder / log for log in LOGS]
+    state["log_bytes"] = [log.stat().st_size if log.exists() else 0 for log in logs]
+    try:
+        with new_folder(folder / (name or "checkpoint")) as tmp:
+            model.save_pretrained(tmp)
+            tokenizer.save_pretrained(tmp)
+            torch.save(state, tmp / "state.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
+        left = shutil.disk_usage(folder.parent).free / 1e9
+        reason = f"could not be saved; its disk has {left:.1f} GB left ({one_line(error)})"
+        raise OSError(f"{folder / (name or 'checkpoint')} {reason}") from None
 
 
 def find_checkpoint(folder: Path) -> Path:
     """The run's last whole checkpoint. A kill between the renames leaves it under its old name."""
-    checkpoint, old = folder / "checkpoint", folder / ".checkpoint.old"
-    if old.exists() and not checkpoint.exists():
-        old.rename(checkpoint)
-    if not checkpoint.exists():
-        raise BadInput(f"{folder} holds no checkpoint")
-    return checkpoint
+    for checkpoint in (folder / "checkpoint", folder / ".checkpoint.old"):
+        if checkpoint.exists():
+            return checkpoint
+    raise BadInput(f"{folder} holds no checkpoint")
 
 
 def resume(folder: Path, model, tokenizer, optimizer, schedule, generator) -> dict:
     """Restore what `save_checkpoint` saved beside the weights, cut off log rows written after it,
     and return the run's progress."""
+    file = find_checkpoint(folder) / "state.pt"
     try:
-        state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+        state = torch.load(file, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        loss_scaler(model).load_state_dict(state["scaler"])
+        progress, sizes = state["progress"], state["log_bytes"]
     except Exception:
-        raise BadInput(f"--resume: {folder}/checkpoint/state.pt is missing or damaged") from None
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    generator.set_state(state["generator"])
-    loss_scaler(model).load_state_dict(state["scaler"])
-    for log, size in zip(LOGS, state["log_bytes"]):
+        raise BadInput(f"--resume: {file} is missing or damaged") from None
+    for log, size in zip(LOGS, sizes):
         if (folder / log).exists():
             os.truncate(folder / log, size)
-    return state["progress"]
+    return progress
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -1162,39 +1349,71 @@ LARGE = dict(  # defaults of every script for a model that others have trained
 )  # fmt: skip
 
 
-def earlier_settings(folder: Path, eval_only: bool) -> dict:
-    """config.json of a run; to evaluate it, without the --model that it began from."""
+class Parser(HfArgumentParser):
+    """transformers' parser of dataclasses; what it cannot read becomes BadInput."""
+
+    def add_argument(self, *names, low=None, above=None, high=None, **options):
+        return super().add_argument(*names, **options)  # the bounds are for check_bounds
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def earlier_flags(parser: Parser, folder: Path, script: str) -> list[str]:
+    """The settings that a run began with, from its config.json, as flags of the command line.
+    Raises BadInput unless it holds what `configuration` wrote for this script: no more, no less."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} holds no run" if not folder.exists() else f"there is no {path}")
     try:
-        settings = dict(json.loads((folder / "config.json").read_text()))
+        settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        return {}  # `run_folder` and `find_checkpoint` say what is wrong
-    return {key: settings[key] for key in settings if not (eval_only and key == "model")}
+        settings = None
+    if not isinstance(settings, dict):
+        raise BadInput(f"{path} is damaged")
+    settings.pop("problems", None)
+    known = {action.dest for action in parser._actions} - {"help", "resume", "eval_only"}
+    if unlike := sorted(known ^ settings.keys()):
+        has = "has" if unlike[0] in settings else "lacks"
+        raise BadInput(f"{path} is not of {script}.py: it {has} {printable(unlike[0])}")
+    flags = []
+    for key, value in settings.items():
+        many = isinstance(value, list)
+        flags += [f"--{key}", *map(str, value)] if many else [f"--{key}={value}"]
+    try:
+        parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except BadInput as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+    return flags
 
 
 def parse_args(config_class, script: str, description: str, tiny: dict, large: dict):
     """(Config, RunConfig) from the command line. Other defaults are LARGE and `large` for --model
     with other --data than the built-in task, `tiny` for --tiny, and a run's own for --resume and
     --eval_only."""
-    both = (config_class, RunConfig)
     title = description.split("\n")[0]  # argparse would run the whole header together
-    parser = HfArgumentParser(both, description=title, allow_abbrev=False)
-
-    def refuse(message):
-        raise BadInput(message)
-
-    parser.error = refuse
+    parser = Parser((config_class, RunConfig), description=title, allow_abbrev=False)
     parser.set_defaults(name=script)
+    parser._negative_number_matcher = re.compile(r"-[\d.]")  # argparse takes -1e-3 for a flag
     for action in parser._actions:  # the help of --no_x would be that of --x
         if action.option_strings[0].startswith("--no_"):
             action.help = argparse.SUPPRESS
-    given = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0]
+    typed = sys.argv[1:]
+    try:
+        "".join(typed).encode()
+    except UnicodeEncodeError:
+        raise BadInput("an argument is not text in UTF-8") from None
+    given = parser.parse_known_args([word for word in typed if word not in ("-h", "--help")])[0]
     if given.model and given.data != "sums":
         parser.set_defaults(**LARGE | large)
     if given.tiny:
         parser.set_defaults(**tiny)
     if given.resume or (given.eval_only and not given.model):  # as the run began
-        parser.set_defaults(**earlier_settings(Path("runs", given.name), given.eval_only))
-    cfg, run, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        earlier = earlier_flags(parser, Path("runs", given.name), script)
+        # What is to be evaluated is not the --model that the run began from.
+        typed = [*earlier, *(["--model="] if given.eval_only else []), *typed]
+    options = dict(return_remaining_strings=True, look_for_args_file=False)
+    cfg, run, unknown = parser.parse_args_into_dataclasses(typed, **options)
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")
     if not run.name:
@@ -1226,26 +1445,51 @@ def configuration(cfg, run: RunConfig) -> dict:
     return {key: settings[key] for key in settings if key not in ("resume", "eval_only")}
 
 
+def fingerprint(problems: list[Problem]) -> str:
+    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:12]
+
+
 def run_folder(cfg, run: RunConfig) -> Path:
     """runs/<name>, after checking that this run may use it. Raises BadInput if it may not."""
     folder = Path("runs", run.name)
+    if folder.parent.is_symlink() and not folder.parent.exists():
+        raise BadInput("runs is a link to nowhere here, where the folder of all runs should be")
     if folder.parent.exists() and not folder.parent.is_dir():
         raise BadInput("runs is a file here, where the folder of all runs should be")
-    if run.resume and not (folder / "config.json").is_file():
-        raise BadInput(f"--resume: {folder} holds no run")
     if run.resume and (folder / "summary.json").exists():
         raise BadInput(f"--resume: {folder} is finished; its summary.json has the results")
     if run.resume:
-        try:
-            old = dict(json.loads((folder / "config.json").read_text()))
-        except ValueError:
-            raise BadInput(f"--resume: {folder}/config.json is damaged") from None
+        old = json.loads((folder / "config.json").read_text("utf-8"))
         for key, value in configuration(cfg, run).items():
-            if old.get(key) != value and key not in MEMORY:
-                raise BadInput(f"--resume: {folder} has {key} = {old.get(key)}, not {value}")
-    elif folder.exists() and not run.eval_only:
+            if old[key] != value and key not in MEMORY:
+                raise BadInput(f"--resume: {folder} has {key} = {old[key]}, not {value}")
+    elif not run.eval_only and (folder.exists() or folder.is_symlink()):
         raise BadInput(f"{folder} exists: pick another --name, --resume it, or delete it")
     return folder
+
+
+def claim(folder: Path) -> filelock.BaseFileLock:
+    """Makes runs/<name> this process's own, for as long as it lives and keeps what this returns.
+    Raises BadInput if another one has it, or if nothing can be written there."""
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        (folder.parent / "warm_start").mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise BadInput(f"{folder}: a run of this name is under way; pick another --name") from None
+    except OSError as error:
+        raise BadInput(f"{error.filename or folder} cannot be written: {error.strerror}") from None
+    return lock
+
+
+def check_disk(folder: Path, model) -> None:
+    """Raises BadInput where there is no room for two checkpoints, weights and AdamW's two moments
+    in fp32 each: the new one is whole before the old one goes."""
+    needed = 24 * count_parameters(model)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        room = f"{needed / 1e9:.2f} GB for two checkpoints, and its disk has {free / 1e9:.2f} left"
+        raise BadInput(f"{folder} needs {room}")
 
 
 def reference_policy(run: RunConfig, train: list[Problem], model):
@@ -1256,47 +1500,87 @@ def reference_policy(run: RunConfig, train: list[Problem], model):
     return load_policy(source, model.device, model.compute_dtype)[0].requires_grad_(False)
 
 
+def check_prompts(problems: list[Problem], tokenizer, longest: int) -> None:
+    """Raises BadInput for a prompt that leaves no room for an answer in a window of `longest`."""
+    for problem in problems:
+        if (length := len(prompt_ids(tokenizer, problem))) >= longest:
+            raise BadInput(
+                f"a prompt of {length} tokens exceeds the model's window of {longest}: "
+                f"{problem.question[:40]!r}..."
+            )
+
+
 def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, dtype):
     """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start. Raises
     BadInput for a prompt that leaves no room in the model's window."""
-    source = run.model
     if run.resume or (run.eval_only and not run.model):
         source = find_checkpoint(folder)
-    elif run.model and not Path(run.model).exists():
-        print(f"model: {run.model}, from the hub or its cache here")
-    model, tokenizer = load_policy(source or warm_start(run, train, device, dtype), device, dtype)
+    elif run.model:
+        source = run.model
+        if not Path(source).exists():
+            say(f"model: {source}, from the hub or its cache here")
+    else:
+        source = warm_start(run, train, device, dtype)
+    model, tokenizer = load_policy(source, device, dtype)
     tokenizer.instruction = instruction(run, tokenizer)
-    for problem in train + test:
-        if (length := len(prompt_ids(tokenizer, problem))) >= window(model):
-            raise BadInput(
-                f"a prompt of {length} tokens exceeds the model's window of {window(model)}: "
-                f"{problem.question[:40]!r}..."
-            )
+    check_prompts(train + test, tokenizer, window(model))
     return model, tokenizer
 
 
-def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline):
-    """What every script begins with: (cfg, run, folder, train, model, tokenizer, evaluate).
+class Setup(NamedTuple):
+    cfg: object  # the script's Config
+    run: RunConfig
+    folder: Path  # runs/<name>
+    lock: filelock.BaseFileLock | None  # held as long as this is kept
+    train: list[Problem]
+    problems: str  # fingerprint of these and of those held out
+    model: object
+    tokenizer: object
+    evaluate: object  # evaluate(): held-out accuracy of the model as it then is
+
+
+def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline) -> Setup:
+    """What every script begins with; --eval_only ends here.
 
     headline(cfg, train): what the run will do, in words; it may raise BadInput for these problems.
-    train: the problems. evaluate(): held-out accuracy of the model as it then is. --eval_only ends
-    here. Raises BadInput for what cannot work, before anything is written.
+    Raises BadInput for what cannot work, before the warm start and before anything is written.
     """
     cfg, run = parse_args(config_class, script, description, tiny, large)
     device, dtype = pick_device(run)
     run.training_tokens = run.training_tokens or training_tokens(device)
-    LIMITS.update({key: getattr(run, key) for key in LIMITS})
     run.device, run.dtype = device.type, next(name for name in DTYPES if DTYPES[name] == dtype)
     folder = run_folder(cfg, run)
     train = load_problems(run.data, "train", None, run.seed, run.terms)
     test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+    problems = fingerprint(train + test)
+    if run.resume and problems != json.loads((folder / "config.json").read_text())["problems"]:
+        raise BadInput(f"--resume: the problems of --data {run.data} have changed since it began")
     title = (
         f"{headline(cfg, train)}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
         f"on {device} in {str(dtype)[6:]}; files in {folder}/"
     )
     if not run.eval_only:
-        print(title)
+        say(title)
+    built_in = not (run.model or run.resume or run.eval_only)
+    if built_in:  # all that can be checked before it is made
+        own = build_tokenizer()
+        own.instruction = instruction(run, own)
+        policy = build_policy(len(own))
+        check_prompts(train + test, own, window(policy))
+    # What was made or is to be made here is opened by its owner; a given model that is no good
+    # leaves no trace.
+    lock = claim(folder) if built_in or run.resume else None
+    if built_in:
+        check_disk(folder, policy)
     model, tokenizer = open_policy(run, folder, train, test, device, dtype)
+    if not run.eval_only:
+        lock = lock or claim(folder)
+        run_folder(cfg, run)  # another run of this name may have begun meanwhile, and ended
+        check_disk(folder, model)
+    run.sampling_tokens = run.sampling_tokens or sampling_tokens(
+        free_memory(device), count_parameters(model), token_bytes(model)
+    )
+    LIMITS.update({key: getattr(run, key) for key in LIMITS})
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
         no_dropout(model)
@@ -1306,45 +1590,48 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
         return evaluate(model, tokenizer, test, *size, temperature, run.seed)
 
     if run.eval_only:
-        print(f"{len(test)} held-out problems: {describe(held_out())}")
+        say(f"{len(test)} held-out problems: {describe(held_out())}")
         raise SystemExit
-    return cfg, run, folder, train, model, tokenizer, held_out
+    return Setup(cfg, run, folder, lock, train, problems, model, tokenizer, held_out)
 
 
-def start_run(folder: Path, cfg, run: RunConfig, *checkpoint) -> None:
+def start_run(setup: Setup, *checkpoint) -> None:
     """Make the run's folder, with its first checkpoint in it. It appears whole or not at all."""
-    with new_folder(folder) as tmp:
-        (tmp / "config.json").write_text(json.dumps(configuration(cfg, run), indent=2) + "\n")
+    with new_folder(setup.folder) as tmp:
+        settings = configuration(setup.cfg, setup.run) | dict(problems=setup.problems)
+        (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         save_checkpoint(tmp, *checkpoint)
 
 
-def begin(folder: Path, cfg, run: RunConfig, trainer: tuple, evaluate, **counts) -> dict:
+def begin(setup: Setup, trainer: tuple, **counts) -> dict:
     """The run's progress: where it stopped, or at its start, with `counts` in it and all saved.
 
     trainer: (model, tokenizer, optimizer, schedule, generator), what a checkpoint holds.
     """
-    if run.resume:
-        progress = resume(folder, *trainer)
+    if setup.run.resume:
+        progress = resume(setup.folder, *trainer)
     else:
-        progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=evaluate(), **counts)
-        start_run(folder, cfg, run, *trainer, progress)
-    print(f"before: {describe(progress['before'])}")
+        before = setup.evaluate()
+        progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=before, **counts)
+        start_run(setup, *trainer, progress)
+    say(f"before: {describe(progress['before'])}")
     return progress
 
 
 def training_steps(folder: Path, run: RunConfig, steps: int, trainer: tuple, progress: dict):
     """Iterates over (step, progress bar) of the steps still to do; after each, saves if it is time
-    to. Ctrl-C ends the run after the step it comes in."""
-    ctrl_c, done = CtrlC(), progress["step"]
+    to. Ctrl-C or SIGTERM ends the run after the step it comes in, with exit code 130 or 143."""
+    stop, done = StopRequest(), progress["step"]
     for step in (bar := tqdm(range(done, steps), "training", steps, initial=done)):
         yield step, bar
-        progress["step"], last = step + 1, step + 1 == steps
-        if (step + 1) % run.save_every == 0 or last or ctrl_c.pressed:
+        progress["step"] = step + 1
+        if (step + 1) % run.save_every == 0 or step + 1 == steps or stop.signal:
             save_checkpoint(folder, *trainer, progress)
-        if ctrl_c.pressed and not last:
+        if stop.signal:
             bar.close()
-            print(f"saved after step {step + 1} in {folder}/; --resume continues")
-            raise SystemExit
+            say(f"saved after step {step + 1} in {folder}/; --resume continues")
+            raise SystemExit(128 + stop.signal)
+    stop.end()
 
 
 @contextmanager
@@ -1376,7 +1663,7 @@ def finish_run(folder: Path, progress: dict, after: dict, facts: dict = {}, rema
     summary |= dict(k=after["k"], accuracy_stderr=after["accuracy_stderr"])
     summary |= {key: progress[key] for key in ("sampled_tokens", "seconds")} | facts
     tokens, seconds = progress["sampled_tokens"] / 1e6, progress["seconds"]
-    print(
+    say(
         f"before: {describe(before)}\nafter:  {describe(after)}\n{remark}"
         f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {folder}/"
     )
@@ -1394,42 +1681,90 @@ def append_metrics(folder: Path, row: dict) -> None:
 
 
 def show(folder: Path, render) -> None:
-    """Print render(colour=...) above the progress bar, and keep it uncoloured in samples.txt."""
+    """Print render(colour=..., width=...) above the progress bar, and keep it without colour and
+    100 characters wide in samples.txt."""
     with open(folder / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(render(colour=False) + "\n\n")
-    tqdm.write("\n" + render(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ) + "\n")
+        file.write(render(colour=False, width=100) + "\n\n")
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((100, 24)).columns
+    tqdm.write("\n" + render(colour=colour, width=width) + "\n")
 
 
-class CtrlC:
-    """The first Ctrl-C asks to stop after the step, where all can be saved; the next one stops."""
+class StopRequest:
+    """The first Ctrl-C, or SIGTERM as clusters send it, asks to stop after the step, where all can
+    be saved; the next one stops at once."""
 
     def __init__(self):
-        self.pressed = False
-        signal.signal(signal.SIGINT, self.press)
+        self.signal = 0
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    def press(self, *_):
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("Ctrl-C: finishing this step, then saving (again: stop at once)")
+    def ask(self, number: int, _) -> None:
+        self.signal = number
+        self.end()
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        with suppress(OSError):  # not print: the signal may have come in the middle of one
+            os.write(2, f"\n{name}: finishing this step, then saving (again: at once)\n".encode())
+
+    def end(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Outlet:
+    """stdout or stderr that never ends a run: characters that it cannot encode become "?", and once
+    nobody reads it any more, or its disk is full, what is written goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed when Python began
+        self.stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        with self.closed_if_broken():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.closed_if_broken():
+            self.stream.flush()
+
+    @contextmanager
+    def closed_if_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def say(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def cli(main) -> None:
     """Run a script's main(); what the user can mend becomes one line and exit code 2."""
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
+    go_on = "a run that had begun continues with --resume"
+
+    def stop(message: str, code: int) -> None:
+        print(printable(message), file=sys.stderr)
+        sys.exit(code)
+
     try:
         main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop("error: " + " ".join(str(error).splitlines()), 2)
     except KeyboardInterrupt:
-        print("\nstopped at once; a run that had begun continues with --resume", file=sys.stderr)
-        sys.exit(130)
-    except RuntimeError as error:  # each device has words of its own
-        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        stop(f"\nstopped at once; {go_on}", 130)
+    except OSError as error:
+        stop(f"\nerror: {error}; {go_on}", 1)
+    except (RuntimeError, MemoryError) as error:  # each device has words of its own
+        words = "out of memory|allocate memory|ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         less = "--sampling_tokens, --training_tokens, --gradient_checkpointing True, --dtype bf16"
-        print(f"\nerror: out of memory; what needs less: {less}, shorter answers; a run that had "
-              f"begun continues with --resume", file=sys.stderr)  # fmt: skip
-        sys.exit(1)
+        stop(f"\nerror: out of memory; what needs less: {less}, shorter answers; {go_on}", 1)
 
 
 def paint(text: str, credit: float) -> str:
@@ -1447,12 +1782,12 @@ def printable(text: str) -> str:
 
 def problem_title(problem: Problem) -> str:
     question = printable(problem.question.replace("\n", " "))[:80]
-    return f"{question}   answer {problem.answer}"
+    return f"{question}   answer {printable(problem.answer)}"
 
 
-def fit(text: str, indent: int) -> str:
-    """`text` without control characters, cut to what the terminal's width leaves after `indent`."""
-    room = max(1, shutil.get_terminal_size((100, 24)).columns - indent)
+def fit(text: str, room: int) -> str:
+    """`text` without control characters, cut to `room` characters."""
+    room = max(1, room)
     return printable(text) if len(text) <= room else printable(text[: room - 1]) + "…"
 
 

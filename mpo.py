@@ -31,46 +31,46 @@ default, and from the second on K matters more.
     python mpo.py --block_size 1    GRPO
 """
 
+import math
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
+import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
 import torch.nn.functional as F
+from common import BadInput, Batch, Sample, arg
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
-
-import common
-from common import BadInput, Batch, Sample, arg
 
 
 @dataclass
 class Config:
-    block_size: int = arg(5, "tokens that make one action (K); 1: GRPO")
+    block_size: int = arg(5, "tokens that make one action (K); 1: GRPO", low=1, high=math.inf)
     layout: Literal["window", "block"] = arg("window", "a window at every token, or blocks")
     weights: str = arg("0.2", "of a block's tokens: joint, uniform, or the future's share p")
     scale_eps: bool = arg(False, "multiply clip_eps by the norm of the weights")
     scale_advantages: bool = arg(True, "divide advantages by their group's std")
-    prompts: int = arg(32, "problems per step")
-    group_size: int = arg(8, "answers per problem (G)")
-    batch_size: int = arg(64, "answers per optimiser step; divides prompts x group_size")
-    epochs: int = arg(1, "passes over each step's answers")
-    steps: int = arg(50, "rounds of sampling and training")
-    lr: float = arg(5e-4, "AdamW's highest learning rate; from there it falls linearly to 0")
-    warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
-    clip_eps: float = arg(0.2, "clip range of the ratio (eps)")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
-    temperature: float = arg(1.0, "of sampling and of scoring")
-    max_new_tokens: int = arg(80, "longest answer, in tokens")
+    prompts: int = arg(32, "problems per step", low=1)
+    group_size: int = arg(8, "answers per problem (G)", low=2)
+    batch_size: int = arg(64, "answers per optimiser step; divides prompts x group_size", low=1)
+    epochs: int = arg(1, "passes over each step's answers", low=1)
+    steps: int = arg(50, "rounds of sampling and training", low=1)
+    lr: float = arg(
+        5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
+    )
+    warmup_updates: int = arg(
+        10, "optimiser steps over which the learning rate rises from 0", low=0
+    )
+    clip_eps: float = arg(0.2, "clip range of the ratio (eps)", above=0)
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm", above=0, high=1e12)
+    temperature: float = arg(1.0, "of sampling and of scoring", low=0.01)
+    max_new_tokens: int = arg(80, "longest answer, in tokens", low=1)
 
     def __post_init__(self):
-        sizes = ("prompts", "batch_size", "epochs", "steps", "max_new_tokens")
-        common.require_range(self, 1, "block_size", *sizes)
-        common.require_range(self, 2, "group_size")
-        common.require_range(self, 0, "warmup_updates")
-        positive = ("lr", "clip_eps", "max_grad_norm", "temperature")
-        common.require_range(self, 0, *positive, open=True)
+        common.check_bounds(self)
         try:  # a share comes as text, and is a number from here on
             if self.weights not in ("joint", "uniform"):
                 self.weights = float(self.weights)
@@ -116,10 +116,12 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
 def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tensor:
     """(B, T, K) weights of the K tokens from each token on: 0 from the first one outside the mask
     on, and except for joint renormalised over the rest. No more than T of the K are kept."""
-    beta = block_weights(block_size, weights, mask.shape[1]).to(mask.device)  # (K,)
+    dtype = common.exact_dtype(mask.device)
+    beta = block_weights(block_size, weights, mask.shape[1]).to(dtype).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
     beta = beta * inside.cumprod(-1)  # (B, T, K)
-    return beta if weights == "joint" else beta / beta.sum(-1, keepdim=True).clamp(min=1e-300)
+    some = torch.finfo(dtype).tiny  # outside the mask 0 is divided
+    return beta if weights == "joint" else beta / beta.sum(-1, keepdim=True).clamp(min=some)
 
 
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
@@ -196,12 +198,17 @@ def assign_credit(model, rollouts, cfg: Config) -> Credit:
 # -------------------------------------------------------------------------------------- the run
 
 
-def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str):
-    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics, and
-    for each sample that was trained (by id) the ratios of its last pass and where they were cut."""
+def update(
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str, ratios: dict | None = None
+) -> dict:
+    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics.
+
+    ratios: takes, for each sample that is trained (by id), its ratios at the last pass and where
+    they were cut; None where they are not to be shown.
+    """
     sums = dict(loss=0.0, kl=0.0, grad_norm=0.0, token_clip=0.0, block_clip=0.0)
     moments = torch.zeros(2, 2, dtype=torch.float64)  # token and block: sums of ratio and square
-    steps, tokens, last = 0, 0, {}
+    steps, tokens = 0, 0
     for epoch in range(cfg.epochs):
         order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
         for i in range(0, len(order), cfg.batch_size):
@@ -220,13 +227,14 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
                 _, cut = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
                 sums["token_clip"] += cut.sum().item()
                 sums["block_clip"] += clipped.sum().item()
-                pair = torch.stack([log_ratio, log_blocks])[:, batch.mask].double().cpu()  # (2, N)
+                pair = torch.stack([log_ratio, log_blocks])[:, batch.mask].cpu().double()  # (2, N)
                 sums["kl"] += common.k3(pair[0]).sum().item()
                 ratio = pair.clamp(-10, 10).exp()  # as in the loss
                 moments += torch.stack([ratio.sum(1), (ratio**2).sum(1)])
                 tokens += pair.shape[1]
-                for s, row, cuts in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
-                    last[id(s)] = row[: len(s.ids)], cuts[: len(s.ids)]
+                if ratios is not None:
+                    for s, row, cuts in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
+                        ratios[id(s)] = row[: len(s.ids)], cuts[: len(s.ids)]
             norm = common.optimizer_step(model, optimizer, schedule, loss_sum, cfg.max_grad_norm)
             sums["loss"], sums["grad_norm"] = sums["loss"] + loss_sum, sums["grad_norm"] + norm
             steps += 1
@@ -234,27 +242,29 @@ def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed:
     mean, square = moments / max(tokens, 1)  # (2,), (2,)
     variance = (square - mean**2).clamp(min=0).tolist()
     metrics["token_ratio_var"], metrics["block_ratio_var"] = variance
-    return metrics, last
+    return metrics
 
 
-def show_answer(problems, rollouts, credit: Credit, last, cfg: Config, tokenizer, colour) -> str:
+def show_answer(
+    problems, rollouts, credit: Credit, ratios: dict, cfg: Config, tokenizer, colour: bool, width
+) -> str:
     """One answer of the step with the ratios it was last trained at: one with a cut, if there is
     any, and a failure if there is a choice.
 
     Its tokens have the colour of its advantage, and none where the clip cut the gradient.
     """
-    trained = [i for i, s in enumerate(credit.samples) if id(s) in last]
+    trained = [i for i, s in enumerate(credit.samples) if id(s) in ratios]
     if not trained:
         return "no answer carried a signal"
-    cut = {i: any(last[id(credit.samples[i])][1]) for i in trained}
+    cut = {i: any(ratios[id(credit.samples[i])][1]) for i in trained}
     i = max(trained, key=lambda i: (cut[i], not rollouts[i].reward))  # the first of equals
     title, notes = common.answer_notes(problems[i], rollouts[i], tokenizer)
     pieces = [tokenizer.decode([id]) for id in rollouts[i].ids]
     s = credit.samples[i]
-    ratios, clipped = last[id(s)]
+    shown, clipped = ratios[id(s)]
     blocks = cfg.layout == "block"
     starts = range(0, len(s.ids), cfg.block_size) if blocks else range(len(s.ids))
-    labels = {t: f"{ratios[t]:.2f}{'*' * clipped[t]}" for t in starts if blocks or clipped[t]}
+    labels = {t: f"{shown[t]:.2f}{'*' * clipped[t]}" for t in starts if blocks or clipped[t]}
     credits = [0.0 if cut else advantage for cut, advantage in zip(clipped, s.advantages)]
     lines = common.credit_lines(pieces, credits, labels, notes, colour)
     window = f"each token has a ratio, of {cfg.block_size} tokens from it on; | and *: clipped"
@@ -278,14 +288,15 @@ def headline(cfg: Config, train: list) -> str:
 
 
 def main() -> None:
-    begun = common.set_up(Config, "mpo", __doc__, TINY, LARGE, headline)
-    cfg, run, folder, train, model, tokenizer, evaluate = begun
+    setup = common.set_up(Config, "mpo", __doc__, TINY, LARGE, headline)
+    cfg, run, folder, train = setup.cfg, setup.run, setup.folder, setup.train
+    model, tokenizer, evaluate = setup.model, setup.tokenizer, setup.evaluate
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     warmup, total = cfg.warmup_updates, cfg.steps * updates_of(cfg)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
     generator = torch.Generator(model.device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
-    progress = common.begin(folder, cfg, run, trainer, evaluate)
+    progress = common.begin(setup, trainer)
     for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
         # 1. Sample G answers to each problem, and reward them.
         began = time.time()
@@ -301,9 +312,10 @@ def main() -> None:
         credit = assign_credit(model, rollouts, cfg)
 
         # 3. Train on them, a block of tokens being one action.
-        trainee, seed = (model, optimizer, schedule), f"{run.seed}-{step}"
+        seed = f"{run.seed}-{step}"
+        ratios = {} if run.show_every and (step + 1) % run.show_every == 0 else None
         with common.saved_if_not_finite(folder, step, trainer, progress):
-            metrics, last = update(*trainee, credit.samples, cfg, seed)
+            metrics = update(model, optimizer, schedule, credit.samples, cfg, seed, ratios)
 
         progress["sampled_tokens"] += sum(len(r.ids) for r in rollouts)
         progress["seconds"] += time.time() - began
@@ -316,9 +328,9 @@ def main() -> None:
             no_signal=sum(not any(s.advantages) for s in credit.samples) / count,
             length=sum(len(r.ids) for r in rollouts) / count,
         )  # fmt: skip
-        if run.show_every and (step + 1) % run.show_every == 0:
-            shown = (problems, rollouts, credit, last, cfg, tokenizer)
-            common.show(folder, lambda colour: f"step {step + 1}: {show_answer(*shown, colour)}")
+        if ratios is not None:
+            view = partial(show_answer, problems, rollouts, credit, ratios, cfg, tokenizer)
+            common.show(folder, lambda **how: f"step {step + 1}: {view(**how)}")
     common.finish_run(folder, progress, evaluate())
 
 

@@ -33,14 +33,14 @@ import re
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
+import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
+from common import BadInput, Batch, Problem, Rollout, Sample, arg, step_starts
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
-
-import common
-from common import BadInput, Batch, Problem, Rollout, Sample, arg, step_starts
 
 TRIES = 12  # answers among which the paper looks for a failure
 
@@ -51,33 +51,37 @@ class Config:
     localiser: Literal["auto", "prompt", "uncertain", "surprise", "random", "oracle"] = arg(
         "auto", "names the step; auto: prompt where there is a chat template, else uncertain"
     )
-    threshold: float = arg(0.9, "uncertain: a token sampled at a lower probability (rho)")
-    localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens")
+    threshold: float = arg(
+        0.9, "uncertain: a token sampled at a lower probability (rho)", above=0, high=1
+    )
+    localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens", low=1)
     delimiter: str = arg(r"\n", r"what ends a step; \n is a line break")
-    max_steps: int = arg(20, "most steps of an answer; the last one takes the rest")
-    fresh: int = arg(4, "answers per problem from the prompt: the base group (G)")
-    resets: int = arg(4, "continuations per reset: the reset group (G)")
-    seeds: int = arg(1, "failed answers per problem to reset")
+    max_steps: int = arg(20, "most steps of an answer; the last one takes the rest", low=1)
+    fresh: int = arg(4, "answers per problem from the prompt: the base group (G)", low=0)
+    resets: int = arg(4, "continuations per reset: the reset group (G)", low=0)
+    seeds: int = arg(1, "failed answers per problem to reset", low=0)
     seed_rule: Literal["keep", "paper"] = arg("keep", "paper: the seed leaves the base group")
-    prompts: int = arg(32, "problems per step")
-    batch_size: int = arg(0, "rollouts per optimiser step; 0: all of a step, else divides them")
-    epochs: int = arg(1, "passes over each step's rollouts")
-    steps: int = arg(80, "rounds of sampling and training")
-    lr: float = arg(1e-3, "AdamW's highest learning rate; from there it falls linearly to 0")
-    warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
-    clip_eps: float = arg(0.0, "clip range of the ratio (eps); 0: no ratio, the paper's loss")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
-    temperature: float = arg(1.0, "of sampling and of scoring")
-    max_new_tokens: int = arg(80, "longest answer, in tokens")
+    prompts: int = arg(32, "problems per step", low=1)
+    batch_size: int = arg(
+        0, "rollouts per optimiser step; 0: all of a step, else divides them", low=0
+    )
+    epochs: int = arg(1, "passes over each step's rollouts", low=1)
+    steps: int = arg(80, "rounds of sampling and training", low=1)
+    lr: float = arg(
+        1e-3, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
+    )
+    warmup_updates: int = arg(
+        10, "optimiser steps over which the learning rate rises from 0", low=0
+    )
+    clip_eps: float = arg(
+        0.0, "clip range of the ratio (eps); 0: no ratio, the paper's loss", low=0
+    )
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm", above=0, high=1e12)
+    temperature: float = arg(1.0, "of sampling and of scoring", low=0.01)
+    max_new_tokens: int = arg(80, "longest answer, in tokens", low=1)
 
     def __post_init__(self):
-        sizes = ("prompts", "epochs", "steps", "max_new_tokens", "localiser_tokens")
-        common.require_range(self, 1, "max_steps", *sizes)
-        common.require_range(self, 0, "warmup_updates", "clip_eps", "fresh", "resets", "seeds")
-        common.require_range(self, 0, "batch_size")
-        common.require_range(self, 0, "threshold", "lr", "max_grad_norm", "temperature", open=True)
-        if self.threshold > 1:
-            raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
+        common.check_bounds(self)
         self.delimiter = self.delimiter.replace(r"\n", "\n")  # as a shell passes it on
         if not self.delimiter:
             raise BadInput("--delimiter '': a step needs an end")
@@ -122,7 +126,8 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
 
     seed_rule keep: the seeds are the first failures among `fresh` answers, and stay in the base
     group. paper, or fresh = 0: the first failures among TRIES answers, and leave it; it is filled
-    up with others. For each seed not found, `resets` more answers join the base group.
+    up with others. For each seed not found, `resets` more answers join the base group: new ones,
+    for after TRIES successes those at hand have nothing to tell.
 
     >>> plan_groups([1.0, 0.0, 1.0, 0.0], Config())
     Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
@@ -134,10 +139,12 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     seeds = [i for i in range(min(limit, drawn)) if not rewards[i]][: cfg.seeds]
     others = [i for i in range(drawn) if keep or i not in seeds]
     missing = cfg.seeds - len(seeds)
-    size = cfg.fresh + cfg.resets * missing
-    if missing and drawn < limit:
+    if missing and drawn < limit:  # go on looking; what fills the base group does so too
         return Plan(min(limit - drawn, max(missing, cfg.fresh + cfg.seeds - drawn)), seeds, others)
-    return Plan(max(0, size - len(others)), seeds, others[:size])
+    base = others[: cfg.fresh]
+    joining = [i for i in others[cfg.fresh :] if i >= limit][: cfg.resets * missing]
+    more = cfg.fresh - len(base) + cfg.resets * missing - len(joining)
+    return Plan(more, seeds, base + joining)
 
 
 def localize_random(starts: list[int], generator: torch.Generator) -> int:
@@ -379,7 +386,7 @@ def has_signal(group: list[Sample]) -> bool:
     return any(any(s.advantages) for s in group)
 
 
-def show_answer(credit: Credit, tokenizer, colour: bool) -> str:
+def show_answer(credit: Credit, tokenizer, colour: bool, width: int) -> str:
     """A reset of the step, the first with signal if any has: the failed attempt with the named step
     and the truth, and the continuations, coloured by their advantages."""
     if not credit.resets:
@@ -461,8 +468,9 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 
 
 def main() -> None:
-    begun = common.set_up(Config, "reset_po", __doc__, TINY, LARGE, headline)
-    cfg, run, folder, train, model, tokenizer, evaluate = begun
+    setup = common.set_up(Config, "reset_po", __doc__, TINY, LARGE, headline)
+    cfg, run, folder, train = setup.cfg, setup.run, setup.folder, setup.train
+    model, tokenizer, evaluate = setup.model, setup.tokenizer, setup.evaluate
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a step
     warmup, total = cfg.warmup_updates, cfg.steps * updates
@@ -470,8 +478,8 @@ def main() -> None:
     generator = torch.Generator(model.device).manual_seed(run.seed)
     trainer = (model, tokenizer, optimizer, schedule, generator)
     if cfg.seeds:
-        print(f"localiser: {pick_localiser(cfg, tokenizer)}")
-    progress = common.begin(folder, cfg, run, trainer, evaluate, counts={})
+        common.say(f"localiser: {pick_localiser(cfg, tokenizer)}")
+    progress = common.begin(setup, trainer, counts={})
     first = plan_groups([], cfg).more  # as many answers as every problem gets
     for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
         # 1. Draw answers until each problem has its base group, and its failed seeds if it can.
@@ -485,9 +493,9 @@ def main() -> None:
         samples = [s for group in credit.base + credit.reset for s in group]
 
         # 3. Train on the answers of the base groups and on the suffixes of the reset groups.
-        trainee, seed = (model, optimizer, schedule), f"{run.seed}-{step}"
+        seed = f"{run.seed}-{step}"
         with common.saved_if_not_finite(folder, step, trainer, progress):
-            metrics = update(*trainee, samples, cfg, seed)
+            metrics = update(model, optimizer, schedule, samples, cfg, seed)
 
         counts, totals = step_counts(credit), progress["counts"]
         for key, count in counts.items():
@@ -508,8 +516,8 @@ def main() -> None:
             length=sum(len(s.ids) for s in samples) / len(samples),
         )  # fmt: skip
         if run.show_every and (step + 1) % run.show_every == 0:
-            answer = (credit, tokenizer)
-            common.show(folder, lambda colour: f"step {step + 1}: {show_answer(*answer, colour)}")
+            view = partial(show_answer, credit, tokenizer)
+            common.show(folder, lambda **how: f"step {step + 1}: {view(**how)}")
     totals = progress["counts"]
     facts = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
     remark = describe_counts(totals, pick_localiser(cfg, tokenizer))

@@ -41,12 +41,11 @@ from fractions import Fraction
 from functools import partial
 from typing import Literal, NamedTuple
 
+import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
+from common import BadInput, Batch, Problem, Rollout, Sample, arg
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup
-
-import common
-from common import BadInput, Batch, Problem, Rollout, Sample, arg
 
 
 @dataclass
@@ -55,38 +54,43 @@ class Config:
     partition: Literal["cutpoint", "fixed", "newline", "trajectory"] = arg(
         "cutpoint", "chain: where to cut; newline is VinePPO's, trajectory (one segment) GRPO's"
     )
-    interval: int = arg(1, "cutpoints in a segment, by partition cutpoint (the paper's m)")
-    threshold: float = arg(0.9, "a token sampled at a lower probability is a cutpoint (rho)")
-    continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)")
-    segment_tokens: int = arg(12, "fixed, tree: tokens of a segment (M); the tree's last may go on")
-    branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level: 6 6 6")
+    interval: int = arg(1, "cutpoints in a segment, by partition cutpoint (the paper's m)", low=1)
+    threshold: float = arg(
+        0.9, "a token sampled at a lower probability is a cutpoint (rho)", above=0, high=1
+    )
+    continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)", low=1)
+    segment_tokens: int = arg(
+        12, "fixed, tree: tokens of a segment (M); the tree's last may go on", low=1
+    )
+    branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level: 6 6 6", low=2)
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
-    replay_age: int = arg(0, "tree: nodes wait up to so many steps to be used; 0: used at once")
-    replay_nodes: int = arg(32, "replay: most nodes of a problem in a step; a 2-2-2 tree has 14")
+    replay_age: int = arg(
+        0, "tree: nodes wait up to so many steps to be used; 0: used at once", low=0
+    )
+    replay_nodes: int = arg(
+        32, "replay: most nodes of a problem in a step; a 2-2-2 tree has 14", low=1
+    )
+    replay_total: int = arg(512, "replay: most nodes in a step; the others wait", low=1)
     mask: bool = arg(True, "train only tokens below the threshold: the probability mask")
-    prompts: int = arg(64, "problems per step")
-    group_size: int = arg(1, "chain: answers per problem (G)")
-    batch_size: int = arg(0, "answers, or nodes, in an optimiser step; 0: all of the step's")
-    epochs: int = arg(1, "passes over each step's answers or nodes")
-    steps: int = arg(100, "rounds of sampling and training")
-    lr: float = arg(5e-4, "AdamW's learning rate")
-    warmup_updates: int = arg(10, "optimiser steps over which the learning rate rises from 0")
-    clip_eps: float = arg(0.2, "clip range of the ratio (eps)")
-    kl_coef: float = arg(0.0, "weight of the KL to the initial policy, which is loaded if above 0")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm")
-    temperature: float = arg(1.0, "of sampling and of scoring")
-    max_new_tokens: int = arg(80, "longest answer, in tokens")
+    prompts: int = arg(64, "problems per step", low=1)
+    group_size: int = arg(1, "chain: answers per problem (G)", low=1)
+    batch_size: int = arg(0, "answers, or nodes, in an optimiser step; 0: all of the step's", low=0)
+    epochs: int = arg(1, "passes over each step's answers or nodes", low=1)
+    steps: int = arg(100, "rounds of sampling and training", low=1)
+    lr: float = arg(5e-4, "AdamW's learning rate", above=0)
+    warmup_updates: int = arg(
+        10, "optimiser steps over which the learning rate rises from 0", low=0
+    )
+    clip_eps: float = arg(0.2, "clip range of the ratio (eps)", above=0)
+    kl_coef: float = arg(
+        0.0, "weight of the KL to the initial policy, which is loaded if above 0", low=0
+    )
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm", above=0, high=1e12)
+    temperature: float = arg(1.0, "of sampling and of scoring", low=0.01)
+    max_new_tokens: int = arg(80, "longest answer, in tokens", low=1)
 
     def __post_init__(self):
-        sizes = ("prompts", "group_size", "epochs", "steps", "max_new_tokens", "segment_tokens")
-        common.require_range(self, 1, "interval", "continuations", "replay_nodes", *sizes)
-        common.require_range(self, 0, "warmup_updates", "batch_size", "replay_age", "kl_coef")
-        positive = ("threshold", "lr", "clip_eps", "max_grad_norm", "temperature")
-        common.require_range(self, 0, *positive, open=True)
-        if self.threshold > 1:
-            raise BadInput(f"--threshold {self.threshold}: is a probability, so at most 1")
-        if min(self.branching) < 2:
-            raise BadInput(f"--branching {min(self.branching)}: a group needs 2 or more")
+        common.check_bounds(self)
         if self.partition == "trajectory" and self.group_size == 1:
             raise BadInput("--partition trajectory: needs a group, so --group_size 2 or more")
         tree, answers = self.variant == "tree", self.prompts * self.group_size
@@ -323,14 +327,18 @@ def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[
     """The samples to train on in this step, and what waits for later ones.
 
     waiting: (step it was sampled in, question, a Sample's fields). What is replay_age steps old is
-    dropped. At most replay_nodes of a question are drawn, each to be used once, with the advantages
-    and log-probs that it was sampled with.
+    dropped. At most replay_nodes of a question and replay_total of all are drawn, each to be used
+    once, with the advantages and log-probs that it was sampled with.
     """
     drawn, later, count = [], [], Counter()
     recent = [entry for entry in waiting if step - entry[0] < cfg.replay_age]
     for entry in random.Random(seed).sample(recent, len(recent)):
-        count[entry[1]] += 1
-        (drawn if count[entry[1]] <= cfg.replay_nodes else later).append(entry)
+        question = entry[1]
+        if len(drawn) < cfg.replay_total and count[question] < cfg.replay_nodes:
+            count[question] += 1
+            drawn.append(entry)
+        else:
+            later.append(entry)
     return [Sample(**fields) for _, _, fields in drawn], later
 
 
@@ -380,7 +388,9 @@ def pick_answer(credit: Credit) -> int:
     return next(failed, 0)
 
 
-def show_answer(problems, credit: Credit, places: str, tokenizer, cfg: Config, colour) -> str:
+def show_answer(
+    problems, credit: Credit, places: str, tokenizer, cfg: Config, colour: bool, width: int
+) -> str:
     """SPO-chain: an answer of the step with its credit. places: what the cutpoints of all are."""
     i = pick_answer(credit)
     owner, r, starts, advantages = credit.answers[i]
@@ -394,23 +404,25 @@ def show_answer(problems, credit: Credit, places: str, tokenizer, cfg: Config, c
     return "\n".join([title, *lines, legend])
 
 
-def show_tree(problems, tree: Tree, credit: Credit, tokenizer, cfg: Config, colour) -> str:
-    """SPO-tree: the tree of a problem, a node a line, as wide as the terminal. Where all answers
-    are right or all wrong nothing has credit, and only the node above them is shown."""
+def show_tree(
+    problems, tree: Tree, credit: Credit, tokenizer, cfg: Config, colour: bool, width: int
+) -> str:
+    """SPO-tree: the tree of a problem, a node a line. Where all answers are right or all wrong
+    nothing has credit, and only the node above them is shown."""
     owner = credit.answers[pick_answer(credit)].owner
     rewards, problem = [node.reward for node in tree.nodes], problems[owner]
     values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
-    paths = [tree.path(i) for i in range(len(tree.nodes))]
     tail = f", V {values[owner]:.2f}"
-    lines = [common.fit(common.problem_title(problem), len(tail)) + tail]
-    for i in sorted(range(len(paths)), key=paths.__getitem__):  # depth first
+    lines = [common.fit(common.problem_title(problem), width - len(tail)) + tail]
+    paths = {i: tree.path(i) for i in range(len(tree.nodes))}
+    for i in sorted(paths, key=paths.get):  # depth first
         root, node = paths[i][0], tree.nodes[i]
         if root == owner != i and 0 < values[tree.parents[i]] < 1:
             ids = [*node.prompt, *node.ids][len(tree.nodes[root].prompt) :]
             wrong = common.first_wrong_token(ids, problem, tokenizer)
             mark = "!" if wrong is not None and wrong >= len(ids) - len(node.ids) else " "
             head = f"{'    ' * (len(paths[i]) - 1)}V {values[i]:.2f} A {advantages[i]:+.2f} {mark} "
-            text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), len(head))
+            text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), width - len(head))
             lines.append(head + (common.paint(text, advantages[i]) if colour else text))
     return "\n".join(lines + ["  ! the first wrong token is in this node"] * problem.checkable)
 
@@ -424,8 +436,9 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 
 
 def main() -> None:
-    begun = common.set_up(Config, "spo", __doc__, TINY, LARGE, headline)
-    cfg, run, folder, train, model, tokenizer, evaluate = begun
+    setup = common.set_up(Config, "spo", __doc__, TINY, LARGE, headline)
+    cfg, run, folder, train = setup.cfg, setup.run, setup.folder, setup.train
+    model, tokenizer, evaluate = setup.model, setup.tokenizer, setup.evaluate
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
     generator = torch.Generator(model.device).manual_seed(run.seed)
@@ -433,7 +446,7 @@ def main() -> None:
     reference = common.reference_policy(run, train, model) if cfg.kl_coef else None
     facts = common.wrong_facts(run.seed) if train[0].checkable else None
     counts = dict(failures=0, hits=0, chance=0.0, waiting=[])
-    progress = common.begin(folder, cfg, run, trainer, evaluate, **counts)
+    progress = common.begin(setup, trainer, **counts)
     for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
         # 1. Sample answers or trees, and credit each segment with the value it added.
         began = time.time()
@@ -482,7 +495,7 @@ def main() -> None:
                 rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
                 places = common.places_of(rows, facts, tokenizer)
                 view = partial(show_answer, problems, credit, places, tokenizer, cfg)
-            common.show(folder, lambda colour: f"step {step + 1}: {view(colour)}")
+            common.show(folder, lambda **how: f"step {step + 1}: {view(**how)}")
     common.finish_run(folder, progress, evaluate(), *common.hit_rates(progress))
 
 

@@ -3,6 +3,7 @@
 import copy
 import doctest
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -731,9 +732,11 @@ def test_each_token_owns_its_share_of_the_random_numbers(monkeypatch):
     assert 0 < best < 60  # so that impossible tokens stand on both sides
     assert draw([[0.0], [0.5], [1 - 2**-53]], 1e-3) == [best] * 3
 
-    # Where the head's logits are bf16, all after them is still in fp32 or better.
-    model.lm_head.register_forward_hook(lambda *call: call[-1].bfloat16())
-    shares = (logits.bfloat16().float() / 0.7).softmax(-1)
+    # Where layers compute in bf16, the head and all after it are still in fp32 or better.
+    model.compute_dtype = torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = model.base_model(torch.tensor([prefix])).last_hidden_state[0, -1]
+    shares = (model.lm_head(hidden.float()).detach() / 0.7).softmax(-1)
     ends = shares.double().cumsum(-1)
     edges = torch.cat([ends - shares + 1e-6, ends - 1e-6])[:, None].tolist()
     assert draw(edges, 0.7) == [*range(61)] * 2
@@ -1067,7 +1070,7 @@ def test_chunks_bound_the_logits_and_change_nothing(monkeypatch, rows):
         torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_bf16_is_used_throughout_but_log_softmax_is_fp32():
+def test_layers_compute_in_bf16_but_the_head_and_log_softmax_in_fp32():
     model = llama()
     model.compute_dtype = torch.bfloat16
     context, temperature = [3, 1, 4, 1, 5], 0.7
@@ -1076,24 +1079,134 @@ def test_bf16_is_used_throughout_but_log_softmax_is_fp32():
         given, entropy = common.token_logprobs(model, batch, temperature, with_entropy=True)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.base_model(torch.tensor([context])).last_hidden_state[:, -1]
-            logits = model.get_output_embeddings()(hidden)
-    assert logits.dtype == torch.bfloat16
-    expected = (logits[0].float() / temperature).log_softmax(-1)
+        plain = model.base_model(torch.tensor([context])).last_hidden_state[:, -1]
+        logits = model.get_output_embeddings().double()(hidden.double())
+        model.float()
+    assert (hidden - plain).abs().max() > 1e-4  # layers do compute in bf16
+    expected = (logits[0] / temperature).log_softmax(-1).float()
     assert given.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(given[:, 0], expected, atol=1e-6, rtol=0)
     assert given.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_sampling_and_scoring_share_one_precision():
-    model, dtypes = llama(), []
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    model, dtypes, heads = llama(), [], []
+    layer, head = model.base_model.layers[-1].mlp.up_proj, model.get_output_embeddings()
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    head.register_forward_hook(lambda module, inputs, output: heads.append(output.dtype))
     for dtype in (torch.float32, torch.bfloat16):
         model.compute_dtype = dtype
         dtypes.clear()
         common.sample(model, [[1, 2]], max_new_tokens=2, eos=set())
         common.token_logprobs(model, common.collate([Sample([1], [2])]))
         assert dtypes == [dtype] * 3
+    assert heads == [torch.float32] * 6
+
+
+def test_the_head_is_as_exact_as_fp32_where_logits_are_large():
+    """Logits of about 20, as pretrained models have them: a head in bf16 moves log-probs by
+    hundredths, which is more than an update does at a learning rate of 1e-6."""
+    torch.manual_seed(0)
+    model, hidden = llama(vocab=501), torch.randn(64, 16)
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        head.weight.normal_(std=5.0)
+        exact = hidden.double() @ head.weight.double().T
+        assert 15 < exact.std() < 25
+        with torch.autocast("cpu", torch.bfloat16):
+            given, low = common.head_logits(model, hidden), head(hidden).float()
+    error, low_error = (
+        (logits.log_softmax(-1) - exact.log_softmax(-1)).std().item() for logits in (given, low)
+    )
+    assert error < 1e-5 and low_error > 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_cast_once_a_batch_and_keys_and_values_kept_in_low_precision(dtype):
+    from torch.profiler import ProfilerActivity, profile
+
+    model = llama(vocab=61)
+    model.compute_dtype = dtype
+    shapes = [list(p.shape) for n, p in model.base_model.named_parameters() if "proj" in n]
+    kept, true_update = [], common.KeyValues.update
+
+    def update(self, *args, **options):
+        kept.extend(true_update(self, *args, **options))
+        return kept[-2:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.KeyValues, "update", update)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            common.sample(model, [[1, 2, 3]] * 4, max_new_tokens=20, eos=set())
+    casts = [e.input_shapes[0] for e in profiled.events() if e.name == "aten::_to_copy"]
+    assert sum(shape in shapes for shape in casts) == len(shapes)
+    assert {x.dtype for x in kept} == {dtype} and len(kept) == 2 * 2 * 20
+    assert common.token_bytes(model) == 2 * 2 * 16 // 2 * 2  # layers, keys and values, width, bytes
+    model.compute_dtype = torch.float32
+    assert common.token_bytes(model) == 2 * 2 * 16 // 2 * 4
+
+
+def test_sampling_is_sized_by_the_memory_that_is_free():
+    giga = 10**9
+    assert common.sampling_tokens(None, 10**6, 1000) == 65_536  # a CPU
+    # 78 GB beside the weights of half a billion parameters, 12 kB of keys and values a token.
+    assert common.sampling_tokens(78 * giga, giga // 2, 12_288) == 36 * giga // 12_288
+    assert common.sampling_tokens(6 * giga, giga // 2, 12_288) == 1  # something always runs
+    assert common.sampling_tokens(giga, giga, 12_288) == 1
+    assert common.free_memory(torch.device("cpu")) is None
+
+
+def test_free_memory_counts_what_the_allocator_holds_without_using_it(monkeypatch):
+    for name, value in dict(memory_reserved=70, memory_allocated=50, mem_get_info=(30, 99)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert common.free_memory(torch.device("cuda")) == 50
+
+
+def forgetful(model, keyword):
+    """The model, with a forward pass that knows no `keyword` and swallows it."""
+    forward = model.base_model.forward
+
+    def swallow(input_ids, attention_mask=None, position_ids=None, use_cache=None, **options):
+        options.pop(keyword, None)
+        return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+    model.base_model.forward = swallow
+    return model
+
+
+def test_the_cache_goes_by_the_name_that_the_model_knows(monkeypatch):
+    for name in ("cache", "past_key_values"):
+        model, seen = llama(), []
+        known = common.cache_keyword(model)
+        forward = model.base_model.forward
+
+        def renamed(input_ids, attention_mask=None, position_ids=None, use_cache=None, **options):
+            seen.append(options.pop(name))
+            options[known] = seen[-1]
+            return forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **options)
+
+        kinds = inspect.Parameter
+        plain = [kinds(n, kinds.POSITIONAL_OR_KEYWORD) for n in ("input_ids", name)]
+        extra = kinds("options", kinds.VAR_KEYWORD)
+        renamed.__signature__ = inspect.Signature([*plain, extra])
+        model.base_model.forward = renamed
+        greedy = common.sample(model, [[1, 2, 3]], max_new_tokens=5, eos=set(), greedy=True)
+        assert greedy[0].ids == greedy_loop(llama(), [1, 2, 3], 5, set())
+        assert len(seen) == 5
+
+
+def test_a_model_that_loses_its_context_cannot_go_unnoticed(tmp_path):
+    known = common.cache_keyword(llama())
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        common.cache_keyword(forgetful(llama(), known))
+    model = forgetful(llama(), known)
+    kinds = inspect.Parameter
+    both = [kinds(n, kinds.POSITIONAL_OR_KEYWORD) for n in ("input_ids", known)]
+    model.base_model.forward.__signature__ = inspect.Signature(both)
+    with pytest.raises(RuntimeError, match="kept no keys and values"):
+        common.sample(model, [[1, 2, 3]], max_new_tokens=2, eos=set())
+    with pytest.raises(ValueError, match="loses its context"):
+        common.check_forward(model)
 
 
 def test_scores_follow_the_weights_under_autocast():
@@ -1256,8 +1369,8 @@ def test_a_kill_between_the_renames_loses_no_checkpoint(tmp_path, monkeypatch):
             (tmp / "a").write_text("new")
     monkeypatch.undo()
     assert not folder.exists()
-    assert common.find_checkpoint(tmp_path) == folder
-    assert (folder / "a").read_text() == "old"
+    found = common.find_checkpoint(tmp_path)
+    assert (found / "a").read_text() == "old"
 
 
 def test_find_checkpoint_prefers_the_new_one_and_says_when_there_is_none(tmp_path):

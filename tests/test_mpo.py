@@ -479,7 +479,8 @@ def test_an_update_follows_the_slow_loss_at_any_micro_batch(model, monkeypatch, 
     monkeypatch.setattr(common, "micro_batches", lambda rows: true_micro_batches(rows, width))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    metrics, last = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    last = {}
+    metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed", last)
     for p, q in zip(model.parameters(), expected):
         assert torch.allclose(p, q, atol=1e-5)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -512,7 +513,7 @@ def test_metrics_set_the_token_ratio_beside_the_block_ratio(model, case):
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    metrics, _ = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
     assert 0 < sum(token_cut) < len(token_cut) and 0 < sum(block_cut) < len(block_cut)
     assert metrics["kl"] == pytest.approx(sum(kl) / len(kl), abs=1e-5)
     assert metrics["token_clip"] == pytest.approx(sum(token_cut) / len(token_cut), abs=1e-9)
@@ -550,7 +551,7 @@ def test_loss_and_norm_are_means_over_the_optimiser_steps(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     cfg = mpo.Config(prompts=4, group_size=2, batch_size=4)
-    metrics, _ = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
     order = random.Random("seed-0").sample(samples, 8)
     losses, norms = [], []
     for half in (order[:4], order[4:]):
@@ -570,7 +571,7 @@ def test_the_variance_of_far_ratios_is_that_of_the_ratios_in_the_loss(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     cfg = mpo.Config(prompts=5, group_size=2, batch_size=10, block_size=1)
-    metrics, _ = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
     ratios = []
     for s in samples:
         if any(s.advantages):
@@ -587,7 +588,8 @@ def test_only_from_the_second_update_on_do_ratios_leave_one(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         cfg = mpo.Config(prompts=5, group_size=2, batch_size=10, epochs=epochs)
-        metrics, last = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+        last = {}
+        metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed", last)
         assert (metrics["token_ratio_var"] > 1e-6) == moved
         assert (metrics["block_ratio_var"] > 1e-7) == moved
         assert any(abs(r - 1) > 1e-3 for ratios, _ in last.values() for r in ratios) == moved
@@ -599,7 +601,8 @@ def test_a_batch_without_signal_changes_nothing(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     cfg = mpo.Config(prompts=1, group_size=2, batch_size=2)
-    metrics, last = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
+    last = {}
+    metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed", last)
     assert not any(metrics.values()) and not last
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
@@ -633,7 +636,7 @@ def shown(cfg, ratios, clipped, reward=0.0):
     samples = [Sample([1], right, [1.0] * 8), Sample([1], ids, [-0.5] * 8)]
     last = {id(samples[0]): ([2.0] * 8, [True] * 8), id(samples[1]): (ratios, clipped)}
     credit = mpo.Credit(samples, 0.0)
-    return mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False).split("\n")
+    return mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False, 100).split("\n")
 
 
 def test_the_display_marks_blocks_their_ratios_and_what_was_clipped():
@@ -662,7 +665,7 @@ def test_the_display_prefers_a_cut_answer_and_then_a_failure(tokenizer, cut, fai
     samples = [Sample([1], [2, 3], [1.0, 1.0]) for _ in range(4)]
     rollouts = [common.Rollout([1], [2, 3], True, float(x == "0")) for x in failed]
     last = {id(s): ([1.0, 1.0], [False, x == "1"]) for s, x in zip(samples, cut)}
-    shown_of = (problems, rollouts, mpo.Credit(samples, 0.0), last, mpo.Config(), tokenizer, False)
+    shown_of = (problems, rollouts, mpo.Credit(samples, 0.0), last, mpo.Config(), tokenizer, False, 100)
     assert mpo.show_answer(*shown_of).startswith(f"{i}+1   answer {i}")
 
 
@@ -675,7 +678,7 @@ def test_what_was_clipped_has_no_colour():
     rollouts, samples = [common.Rollout([1], ids, True, 0.0)], [Sample([1], ids, [-0.5] * 8)]
     last = {id(samples[0]): ([1.0] * 8, clipped)}
     credit = mpo.Credit(samples, 0.0)
-    text = mpo.show_answer([problem], rollouts, credit, last, cfg, tokenizer, True)
+    text = mpo.show_answer([problem], rollouts, credit, last, cfg, tokenizer, True, 100)
     assert text.count("\033[48") == 5 and common.paint("1", -0.5) in text
     assert "|4=3" in text
 
@@ -683,7 +686,7 @@ def test_what_was_clipped_has_no_colour():
 def test_a_step_without_signal_says_so(tokenizer):
     credit = mpo.Credit([Sample([1], [2, 3], [0.0, 0.0])], 0.0)
     rollouts = [common.Rollout([1], [2, 3], False, 0.0)]
-    text = mpo.show_answer([None], rollouts, credit, {}, mpo.Config(), tokenizer, False)
+    text = mpo.show_answer([None], rollouts, credit, {}, mpo.Config(), tokenizer, False, 100)
     assert text == "no answer carried a signal"
 
 
@@ -694,7 +697,7 @@ def test_without_a_failure_a_trained_success_is_shown(tokenizer):
     rollouts = [common.Rollout([1], ids, True, 0.0), common.Rollout([1], ids, True, 1.0)]
     last = {id(samples[1]): ([1.25, 1.25], [True, True])}
     cfg, credit = mpo.Config(layout="block", block_size=2), mpo.Credit(samples, 0.0)
-    text = mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False)
+    text = mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False, 100)
     assert "|31  1.25*" in text and "reward 1, advantage +0.50" in text
 
 

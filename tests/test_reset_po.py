@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 import re
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import pytest
 import tokenizers
@@ -51,9 +51,10 @@ def one_by_one(outcomes, split, rule):
         while len(seeds) < wanted and drawn < 12:
             i = draw()
             (seeds if not outcomes[i] else base).append(i)
-    while len(base) < fresh + resets * (wanted - len(seeds)):
+    while len(base) < fresh:
         base.append(draw())
-    return drawn, seeds, base[: fresh + resets * (wanted - len(seeds))]
+    joining = [draw() for _ in range(resets * (wanted - len(seeds)))]  # new ones, never the tries
+    return drawn, seeds, base[:fresh] + joining
 
 
 @pytest.mark.parametrize("rule", ["keep", "paper"])
@@ -84,7 +85,9 @@ def test_groups_by_hand():
     assert reset_po.plan_groups([1, 0, 0, 1, 1], cfg) == (0, [1], [0, 2, 3, 4])
     assert reset_po.plan_groups([1] * 5, cfg).more == 1
     assert reset_po.plan_groups([1] * 11 + [0], cfg) == (0, [11], [0, 1, 2, 3])
-    assert reset_po.plan_groups([1] * 12, cfg) == (0, [], list(range(8)))
+    assert reset_po.plan_groups([1] * 12, cfg) == (4, [], [0, 1, 2, 3])
+    late = [1] * 12 + [0, 1, 0, 1]  # the failures of these are no seeds, but give a signal
+    assert reset_po.plan_groups(late, cfg) == (0, [], [0, 1, 2, 3, 12, 13, 14, 15])
 
 
 def test_the_papers_rule_skews_the_base_group_towards_success():
@@ -469,6 +472,7 @@ def test_a_reset_keeps_the_steps_before_the_named_one_and_prefills_them_once(
     problems, seeds = two_failures(tokenizer)
     prefills, true_forward = [], model.base_model.forward
 
+    @wraps(true_forward)
     def spy(ids, **options):
         if ids.shape[1] > 1:
             prefills.append(ids.tolist())
@@ -888,7 +892,7 @@ def test_the_display_shows_attempt_truth_and_continuations(tokenizer, colour):
         reset_po.Reset(problems[0], seeds[0], [0, 8, 16], 1, 2, mixed[0]),
     ]
     credit = reset_po.Credit([], [equal[1], mixed[1]], resets, 0.0, {})
-    text = reset_po.show_answer(credit, tokenizer, colour)
+    text = reset_po.show_answer(credit, tokenizer, colour, 100)
     assert ("\033[48;5;" in text) == colour and "\033[2J" not in text
     lines = re.sub(r"\033\[[\d;]*m", "", text).split("\n")
     assert lines[0] == "31+4-7   answer 28, reward 0"  # the first with signal
@@ -900,14 +904,14 @@ def test_the_display_shows_attempt_truth_and_continuations(tokenizer, colour):
     assert lines[4] == "    reward 1, advantage +1.00: 35-7=28 / #### 28<end>"
     assert lines[5] == "    reward 0, advantage -1.00: 35-7=29 / \ufffd[2J<end>"
     hit = reset_po.Credit([], [mixed[1]], [resets[1]._replace(named=2)], 0.0, {})
-    lines = reset_po.show_answer(hit, tokenizer, False).split("\n")
+    lines = reset_po.show_answer(hit, tokenizer, False, 100).split("\n")
     assert "|35-7=29" in lines[2]
     assert lines[2].endswith("<- resampled from here <- first wrong step; right: 35-7=28")
 
 
 def test_a_step_without_resets_says_so(tokenizer):
     credit = reset_po.Credit([], [], [], 0.0, {})
-    assert reset_po.show_answer(credit, tokenizer, False) == "no failure was reset"
+    assert reset_po.show_answer(credit, tokenizer, False, 100) == "no failure was reset"
 
 
 # --------------------------------------------------------------------------------------- config

@@ -885,7 +885,7 @@ def shown_chain(tokenizer, text, probs, starts, advantages, **options):
     cfg = spo.Config(**options)
     rows = [(s.ids, spo.cutpoints(s, cfg)) for s in credit.samples]
     places = common.places_of(rows, {(8, -8)}, tokenizer)
-    return spo.show_answer([problem], credit, places, tokenizer, cfg, colour=False)
+    return spo.show_answer([problem], credit, places, tokenizer, cfg, False, 100)
 
 
 def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
@@ -904,8 +904,8 @@ def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
     assert "|12+6=1'8" in newline and "|'#### 1" in newline
 
 
-def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenizer, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "48")
+def test_the_tree_is_shown_a_node_a_line_and_cut_to_a_width(tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "9")  # of the terminal, which has no say in it
     problem = common.Problem("12+6-8", "12+6=18\n18-8=10\n#### 10", "10", True)
     texts = ["12+6=18\n", "12+6=19\n", "18-8=10\n#### 10", "18-8=11\n#### 11"]
     texts += ["19-8=11\n#### 11", "19-8=11\n#### 11"]
@@ -921,7 +921,8 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenize
     answers = [spo.Answer(0, nodes[4], [0], [0.5]), spo.Answer(0, nodes[5], [0], [-0.5])]
     credit = spo.Credit([], [], answers, 0.0, 0.0, 0)
     cfg = spo.Config(variant="tree")
-    shown = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
+    given = ([problem, problem], tree, credit, tokenizer, cfg)
+    shown = spo.show_tree(*given, colour=False, width=48)
     assert shown.split("\n") == [
         "12+6-8   answer 10, V 0.25",
         "    V 0.50 A +0.25   12+6=18 / ",
@@ -931,20 +932,18 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_the_terminals_width(tokenize
         "  ! the first wrong token is in this node",
     ]
     nodes[6].reward = 1.0  # right in spite of its text, whose first wrong token is further up
-    lines = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, False).split("\n")
+    lines = spo.show_tree(*given, colour=False, width=48).split("\n")
     assert lines[4:] == [
         "    V 0.50 A +0.00 ! 12+6=19 / ",
         "        V 1.00 A +0.50   19-8=11 / #### 11",
         "        V 0.00 A -0.50   19-8=11 / #### 11",
         "  ! the first wrong token is in this node",
     ]
-    monkeypatch.setenv("COLUMNS", "36")
-    narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
+    narrow = spo.show_tree(*given, colour=False, width=36)
     assert max(map(len, narrow.split("\n")[:-1])) == 36 and "…" in narrow
-    monkeypatch.setenv("COLUMNS", "20")
-    narrow = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=False)
+    narrow = spo.show_tree(*given, colour=False, width=20)
     assert narrow.split("\n")[0] == "12+6-8   an…, V 0.50"
-    coloured = spo.show_tree([problem, problem], tree, credit, tokenizer, cfg, colour=True)
+    coloured = spo.show_tree(*given, colour=True, width=48)
     assert "\033[48;5;" in coloured
 
 
