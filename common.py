@@ -1510,9 +1510,8 @@ def check_prompts(problems: list[Problem], tokenizer, longest: int) -> None:
             )
 
 
-def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, dtype):
-    """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start. Raises
-    BadInput for a prompt that leaves no room in the model's window."""
+def open_policy(run: RunConfig, folder: Path, train: list, device, dtype):
+    """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start."""
     if run.resume or (run.eval_only and not run.model):
         source = find_checkpoint(folder)
     elif run.model:
@@ -1523,7 +1522,6 @@ def open_policy(run: RunConfig, folder: Path, train: list, test: list, device, d
         source = warm_start(run, train, device, dtype)
     model, tokenizer = load_policy(source, device, dtype)
     tokenizer.instruction = instruction(run, tokenizer)
-    check_prompts(train + test, tokenizer, window(model))
     return model, tokenizer
 
 
@@ -1572,7 +1570,9 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     lock = claim(folder) if built_in or run.resume else None
     if built_in:
         check_disk(folder, policy)
-    model, tokenizer = open_policy(run, folder, train, test, device, dtype)
+    model, tokenizer = open_policy(run, folder, train, device, dtype)
+    if not (built_in or run.resume):  # of these it was known
+        check_prompts(train + test, tokenizer, window(model))
     if not run.eval_only:
         lock = lock or claim(folder)
         run_folder(cfg, run)  # another run of this name may have begun meanwhile, and ended
