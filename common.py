@@ -682,10 +682,6 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
     local = Path(source).is_dir()
     if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
-    if local and not Path(source, "config.json").is_file():
-        inside = sorted(path.parent.name for path in Path(source).glob("*/config.json"))
-        hint = f"; --model {Path(source, inside[0])} would have one" if inside else ""
-        raise BadInput(f"--model {source}: there is no config.json in it{hint}")
     options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -717,6 +713,8 @@ def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
     except Exception as error:
         where = "" if local else "no such folder here; as a hub id: "
         reason = f"{where}cannot load its {part} ({one_line(error)})"
+        if local and part == "config.json" and Path(source, "checkpoint").is_dir():
+            reason = f"a run, not a model; --model {Path(source, 'checkpoint')} is what it trained"
         raise BadInput(f"--model {source}: {reason}") from None
     model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(model, tokenizer)))
     model = model.to(device).eval()
@@ -1243,8 +1241,8 @@ def save_checkpoint(folder, model, tokenizer, optimizer, schedule, generator, pr
             tokenizer.save_pretrained(tmp)
             torch.save(state, tmp / "state.pt")
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
-        left = shutil.disk_usage(folder.parent).free / 1e9
-        reason = f"could not be saved; its disk has {left:.1f} GB left ({one_line(error)})"
+        left = shutil.disk_usage(folder.parent).free / 1e6
+        reason = f"could not be saved; its disk has {left:,.0f} MB left ({one_line(error)})"
         raise OSError(f"{folder / (name or 'checkpoint')} {reason}") from None
 
 
@@ -1266,7 +1264,7 @@ def resume(folder: Path, model, tokenizer, optimizer, schedule, generator) -> di
         schedule.load_state_dict(state["schedule"])
         generator.set_state(state["generator"])
         loss_scaler(model).load_state_dict(state["scaler"])
-        progress, sizes = state["progress"], state["log_bytes"]
+        progress, sizes = state["progress"], [int(size) for size in state["log_bytes"]]
     except Exception:
         raise BadInput(f"--resume: {file} is missing or damaged") from None
     for log, size in zip(LOGS, sizes):
@@ -1478,7 +1476,8 @@ def claim(folder: Path) -> filelock.BaseFileLock:
     except filelock.Timeout:
         raise BadInput(f"{folder}: a run of this name is under way; pick another --name") from None
     except OSError as error:
-        raise BadInput(f"{error.filename or folder} cannot be written: {error.strerror}") from None
+        path = os.path.relpath(error.filename or folder)
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
     return lock
 
 
@@ -1488,7 +1487,7 @@ def check_disk(folder: Path, model) -> None:
     needed = 24 * count_parameters(model)
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
-        room = f"{needed / 1e9:.2f} GB for two checkpoints, and its disk has {free / 1e9:.2f} left"
+        room = f"{needed / 1e6:,.0f} MB for two checkpoints, its disk has {free / 1e6:,.0f} left"
         raise BadInput(f"{folder} needs {room}")
 
 
@@ -1502,7 +1501,10 @@ def reference_policy(run: RunConfig, train: list[Problem], model):
 
 def check_prompts(problems: list[Problem], tokenizer, longest: int) -> None:
     """Raises BadInput for a prompt that leaves no room for an answer in a window of `longest`."""
+    around = len(prompt_ids(tokenizer, Problem("", "", "")))
     for problem in problems:
+        if around + 4 * len(problem.question.encode()) < longest:
+            continue  # no tokenizer makes more of it, and most texts are short
         if (length := len(prompt_ids(tokenizer, problem))) >= longest:
             raise BadInput(
                 f"a prompt of {length} tokens exceeds the model's window of {longest}: "
@@ -1716,7 +1718,8 @@ class Outlet:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: it was closed when Python began
-        self.stream.reconfigure(errors="replace")
+        with suppress(OSError):  # of a stream that is broken already
+            self.stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
         with self.closed_if_broken():

@@ -6,6 +6,7 @@ them once and forks for each run.
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -130,3 +131,21 @@ def run(server, tmp_path):
         return Done(code, *texts)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A directory with one whole run in it, never stopped, and what that run printed."""
+    import runs
+
+    cwd = tmp_path_factory.mktemp("base")
+    done = runs.python(cwd, *runs.BASE)
+    assert done.code == 0, done.err
+    return cwd, done
+
+
+@pytest.fixture
+def warm(base, tmp_path):
+    """tmp_path, with the base run's warm start in it."""
+    shutil.copytree(base[0] / "runs" / "warm_start", tmp_path / "runs" / "warm_start")
+    return tmp_path

@@ -4,12 +4,9 @@ Most runs are forked from one child (conftest.py); what is particular to a fresh
 a real `python spo.py`.
 """
 
-import csv
-import hashlib
 import json
 import math
 import os
-import pty
 import random
 import re
 import shutil
@@ -18,7 +15,6 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -28,71 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import mpo
-import reset_po
 import spo
-from conftest import ENV, ROOT, Done
-
-WARM = "--terms 2 --warm_start_steps 60".split()  # so little that some answers are right, some not
-SIZES = "--prompts 8 --batch_size 4 --max_new_tokens 16 --eval_problems 6 --eval_samples 2".split()
-TRAIN = "--lr 1e-3 --steps 5 --save_every 2 --show_every 1 --eval_every 4".split()
-BASE = [*WARM, *SIZES, *TRAIN]
-SHORT = [*BASE, "--steps", "2", "--save_every", "1"]  # the last of a repeated flag counts
-
-
-def python(cwd, *args) -> Done:
-    command = [sys.executable, str(ROOT / "spo.py"), *args]
-    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=120)
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A directory with one whole run in it, never stopped, and what that run printed."""
-    cwd = tmp_path_factory.mktemp("base")
-    done = python(cwd, *BASE)
-    assert done.code == 0, done.err
-    return cwd, done
-
-
-@pytest.fixture
-def warm(base, tmp_path):
-    """tmp_path, with the base run's warm start in it."""
-    shutil.copytree(base[0] / "runs" / "warm_start", tmp_path / "runs" / "warm_start")
-    return tmp_path
-
-
-def metrics(folder) -> list[dict]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def summary(folder) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def weights(folder) -> str:
-    files = [folder, folder / "checkpoint"]
-    data = next(f / "model.safetensors" for f in files if (f / "model.safetensors").exists())
-    return hashlib.sha256(data.read_bytes()).hexdigest()
-
-
-def result(folder) -> tuple:
-    """All that a run leaves, apart from its clock."""
-    facts = {k: v for k, v in summary(folder).items() if k != "seconds"}
-    return metrics(folder), facts, (folder / "samples.txt").read_text("utf-8"), weights(folder)
-
-
-def saved_step(folder, checkpoint="checkpoint") -> int:
-    AutoModelForCausalLM.from_pretrained(folder / checkpoint)
-    return torch.load(folder / checkpoint / "state.pt", weights_only=True)["progress"]["step"]
-
-
-def listing(cwd) -> dict:
-    """All files and folders but locks, and when files were written."""
-    paths = [path for path in cwd.rglob("*") if path.suffix != ".lock"]
-    return {str(path): path.is_dir() or path.lstat().st_mtime_ns for path in paths}
-
+from conftest import ENV, ROOT
+from runs import BASE, OTHERS, SHORT, SLOW, after_rows, listing, metrics, on_a_terminal
+from runs import other_args, python, result, rows_written, saved_step, summary, weights
 
 # ------------------------------------------------------------------------------------ whole runs
 
@@ -266,29 +201,6 @@ def test_a_replay_holds_back_nodes_and_trains_them_later(warm, run):
 
 
 # --------------------------------------------------------------------------------------- resume
-
-
-SLOW = """
-append = common.append_metrics
-common.append_metrics = lambda *args: (append(*args), time.sleep(0.1))
-"""
-
-
-def rows_written(folder) -> int:
-    file = folder / "metrics.csv"
-    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
-
-
-def after_rows(folder, count: int, act):
-    """A `meanwhile` that waits for so many rows, and then acts on the process."""
-
-    def meanwhile(pid):
-        deadline = time.time() + 60
-        while rows_written(folder) < count and time.time() < deadline:
-            time.sleep(0.005)
-        act(pid)
-
-    return meanwhile
 
 
 def test_after_ctrl_c_a_run_saves_says_where_and_resumes_to_the_same_end(base, warm, run):
@@ -599,6 +511,23 @@ def test_bad_input_gives_one_line_that_names_it_exit_code_2_and_no_file(messy, r
     assert listing(messy) == before
 
 
+HELPFUL = [  # arguments, and all that the message says
+    ("--lr -1e-3", "--lr -0.001: must be above 0"),
+    ("--clip_eps 1e308", "--clip_eps 1e+308: must be at most 1,000,000"),
+    ("--temperature 1e-300", "--temperature 1e-300: must be at least 0.01"),
+    ("--eval_problems 1000000000", "--eval_problems 1000000000: must be at most 1,000,000"),
+    ("--model runs/spo --name new", "--model runs/spo: a run, not a model; --model runs/spo/checkpoint is what it trained",
+    ),
+    ("--name new --data array.json", "array.json, line 1: a JSON array; what is read is one object a line"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("args, says", HELPFUL)
+def test_an_error_says_what_would_work(messy, run, args, says):
+    (messy / "array.json").write_text(json.dumps([GOOD], indent=1))
+    assert run(*BASE, *args.split(), cwd=messy).err == f"error: {says}\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none_is_bad_input(run, tmp_path):
     done = run("--device", "cuda")
@@ -636,21 +565,95 @@ def test_what_the_messy_directory_can_resume_is_not_bad_input(messy, run):
     assert run(*SHORT, *wide, cwd=messy).code == 0
 
 
+# ---------------------------------------------------------------------- settings are not invented
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval_only"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "there is no runs/half/config.json"),
+        ("{", "runs/half/config.json is damaged"),
+        ("", "runs/half/config.json is damaged"),
+        ("[1]", "runs/half/config.json is damaged"),
+        ("null", "runs/half/config.json is damaged"),
+        ("\xff", "runs/half/config.json is damaged"),
+        (dict(lr="fast"), "runs/half/config.json is damaged: argument --lr: invalid float"),
+        (dict(lr=None), "runs/half/config.json is damaged: argument --lr: invalid float"),
+        (dict(steps=2.5), "runs/half/config.json is damaged: argument --steps: invalid int"),
+        (dict(steps=0), "runs/half/config.json is damaged: --steps 0: must be at least 1"),
+        (dict(variant="forest"), "runs/half/config.json is damaged: argument --variant"),
+        (dict(momentum=0.9), "runs/half/config.json is not of spo.py: it has momentum"),
+        (dict(lr=...), "runs/half/config.json is not of spo.py: it lacks lr"),
+    ],
+)
+def test_settings_of_a_run_are_never_invented(messy, run, flag, text, words):
+    path = messy / "runs" / "half" / "config.json"
+    whole = path.read_text()
+    if text is None:
+        path.unlink()
+    elif isinstance(text, dict):
+        settings = {k: v for k, v in (json.loads(whole) | text).items() if v is not ...}
+        path.write_text(json.dumps(settings))
+    else:
+        path.write_bytes(text.encode("latin-1"))
+    before = listing(messy)
+    done = run("--name", "half", flag, cwd=messy)
+    assert listing(messy) == before
+    path.write_text(whole)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done.err
+    assert done.err.startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval_only"])
+def test_a_run_of_another_script_is_neither_resumed_nor_evaluated(messy, run, flag):
+    for script, key in (("mpo", "it lacks block_size"), ("reset_po", "it has branching")):
+        done = run("--name", "half", flag, cwd=messy, script=script)
+        assert done.code == 2
+        words = f"error: runs/half/config.json is not of {script}.py: {key}\n"
+        assert done.err == words
+
+
+def test_a_state_of_other_content_is_one_line(messy, run):
+    path = messy / "runs" / "stateless" / "checkpoint" / "state.pt"
+    whole = torch.load(messy / "runs" / "spo" / "checkpoint" / "state.pt", weights_only=True)
+    for other in (dict(progress={}), [1], dict(whole, optimizer={}), dict(whole, log_bytes=None)):
+        torch.save(other, path)
+        done = run("--name", "stateless", "--resume", cwd=messy)
+        assert (done.code, done.err.count("\n")) == (2, 1), done.err
+        assert "runs/stateless/checkpoint/state.pt is missing or damaged" in done.err
+    path.write_text("{")
+
+
+def test_a_data_file_that_changed_since_is_noticed_on_resume(run, tmp_path):
+    rows = [dict(question=f"{i}+2", answer=f"{i}+2={i + 2}\n#### {i + 2}") for i in range(60)]
+
+    def write(rows):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write(rows)
+    folder, flags = tmp_path / "runs" / "spo", [*BASE, "--data", "rows.jsonl"]
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*flags, "--warm_start_steps", "2", patch=SLOW, meanwhile=kill).code == -9
+    write([*rows[:-1], dict(rows[-1], question="7 and 2")])
+    done = run("--resume")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "problems of --data rows.jsonl have changed since it began" in done.err
+    write(rows)
+    assert run("--resume").code == 0
+
+
+def test_a_prompt_without_room_is_said_before_the_warm_start(run, tmp_path):
+    rows = [dict(question=f"{i}+2", answer=f"#### {i + 2}") for i in range(60)]
+    rows[7]["question"] = "7+2" * 2048
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run(*BASE, "--data", "rows.jsonl")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "window of 2048" in done.err and not (tmp_path / "runs").exists()
+
+
 # ---------------------------------------------------------------------------- the other scripts
 
-OTHERS = {  # script -> its module, flags of a small run, and what its metrics add
-    "mpo": (
-        mpo,
-        "--prompts 4 --group_size 4 --batch_size 8 --epochs 2 --block_size 3",
-        "token_ratio_var block_ratio_var token_clip block_clip kl no_signal",
-    ),
-    "reset_po": (
-        reset_po,
-        "--prompts 8 --fresh 2 --resets 2 --batch_size 16 --epochs 2",
-        "reset_accuracy clip_fraction resets no_signal_base no_signal_reset hit at_or_before "
-        "hit_chance at_or_before_chance base_tokens seed_tokens localiser_tokens reset_tokens",
-    ),
-}
 OTHER_BAD = {
     "mpo": [
         ("--block_size 0", "--block_size 0"),
@@ -702,10 +705,6 @@ OTHER_BAD = {
 }
 
 
-def other_args(script) -> list[str]:
-    return [*BASE, *OTHERS[script][1].split()]
-
-
 @pytest.fixture(scope="session", params=OTHERS)
 def other(base, server, tmp_path_factory, request):
     """A script, and a directory with one whole run of it, never stopped, and what it printed."""
@@ -714,11 +713,22 @@ def other(base, server, tmp_path_factory, request):
     command = [sys.executable, str(ROOT / f"{request.param}.py"), *other_args(request.param)]
     done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=120, text=True)
     assert done.returncode == 0, done.stderr
-    return request.param, cwd, done.stdout
+    return request.param, cwd, done.stdout, done.stderr
+
+
+def assert_only_bars(err: str) -> None:
+    parts = [part.strip() for part in re.split("[\n\r]", err)]
+    assert not [part for part in parts if part and "%|" not in part]
+
+
+def test_a_clean_run_prints_no_warning_of_a_library(base, other):
+    for out, err in (base[1][1:], other[2:]):
+        assert_only_bars(err)
+        assert "arning" not in out
 
 
 def test_the_other_scripts_leave_the_same_files(other):
-    script, cwd, out = other
+    script, cwd, out, _ = other
     folder, module = cwd / "runs" / script, OTHERS[script][0]
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "metrics.csv", "samples.txt", "checkpoint", "summary.json"
@@ -743,14 +753,14 @@ def test_the_other_scripts_leave_the_same_files(other):
 
 
 def test_the_other_scripts_learning_rate_falls_to_zero_at_the_very_end(other):
-    script, cwd, _ = other
+    script, cwd, *_ = other
     rates = [float(row["lr"]) for row in metrics(cwd / "runs" / script)]
     # 20 updates, four a step: up to 1e-3 over the first ten, then down.
     assert rates == pytest.approx([4e-4, 8e-4, 8e-4, 4e-4, 0])
 
 
 def test_the_counts_of_resets_are_those_of_all_steps(other):
-    script, cwd, _ = other
+    script, cwd, *_ = other
     if script == "reset_po":
         rows, facts = metrics(cwd / "runs" / script), summary(cwd / "runs" / script)
         for kind in ("base", "seed", "localiser", "reset"):
@@ -762,7 +772,7 @@ def test_the_counts_of_resets_are_those_of_all_steps(other):
 
 
 def test_another_scripts_eval_only_repeats_the_final_evaluation(other, run):
-    script, cwd, out = other
+    script, cwd, out, _ = other
     before = listing(cwd)
     done = run(*other_args(script), "--eval_only", cwd=cwd, script=script)
     assert listing(cwd) == before
@@ -771,7 +781,7 @@ def test_another_scripts_eval_only_repeats_the_final_evaluation(other, run):
 
 
 def test_another_script_killed_or_interrupted_resumes_to_the_same_end(other, warm, run):
-    script, cwd, _ = other
+    script, cwd, *_ = other
     folder, expected = warm / "runs" / script, result(cwd / "runs" / script)
     for count, number in ((1, signal.SIGKILL), (3, signal.SIGKILL), (2, signal.SIGINT)):
         act = after_rows(folder, count, lambda pid: os.kill(pid, number))
@@ -1136,18 +1146,6 @@ def test_a_jsonl_and_a_parquet_file_with_the_same_rows_give_the_same_run(run, tm
 
 
 # --------------------------------------------------------------------------------------- colour
-
-
-def on_a_terminal(run, *args, env={}) -> str:
-    """What the run prints where stdout is a terminal."""
-    master, slave = pty.openpty()
-    done = run(*args, out=os.ttyname(slave), env=env)
-    os.set_blocking(master, False)
-    text = os.read(master, 1 << 16).decode(errors="replace")
-    os.close(master)
-    os.close(slave)
-    assert done.code == 0, done.err
-    return text
 
 
 def test_only_a_terminal_gets_colour_and_not_with_no_color(base, warm, run):
