@@ -733,7 +733,7 @@ def check_forward(model) -> None:
     hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1, 8, H)
     logits, head = model(ids).logits, model.get_output_embeddings()  # (1, 8, V)
 
-    def same(x: Tensor, y: Tensor, tolerance=1e-3) -> bool:
+    def same(x: Tensor, y: Tensor, tolerance=1e-4) -> bool:
         return bool((x - y).abs().max() <= tolerance * y.abs().max())
 
     if not same(model.base_model(ids[:, :4], use_cache=False).last_hidden_state, hidden[:, :4]):

@@ -10,10 +10,11 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import statistics
-import time
 from collections import Counter
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -160,6 +161,20 @@ def test_clipped_surrogate_by_hand(ratio, advantage, objective, slope, clipped):
         assert value.item() == pytest.approx(objective)
         assert gradient.item() == pytest.approx(slope)
         assert cut.tolist() == [clipped]
+
+
+@pytest.mark.parametrize("log_ratio", [-3.0, -1.5, 1.5, 3.0, 9.0])
+def test_far_from_one_ratios_are_still_ratios(log_ratio):
+    """Below 1/e and above e, where updates far off the sampling policy take them."""
+    ratio, x = math.exp(log_ratio), torch.tensor([log_ratio], requires_grad=True)
+    value, cut = common.clipped_surrogate(x, torch.tensor([-2.0]), 0.2)
+    assert value.item() == pytest.approx(-2 * max(ratio, 0.8), rel=1e-5)
+    assert cut.tolist() == [ratio < 0.8]
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert gradient.item() == pytest.approx(0.0 if ratio < 0.8 else -2 * ratio, rel=1e-5)
+    assert common.k3(x).item() == pytest.approx(ratio - 1 - log_ratio, rel=1e-4)
+    (gradient,) = torch.autograd.grad(common.k3(x).sum(), x)
+    assert gradient.item() == pytest.approx(ratio - 1, rel=1e-4)
 
 
 def test_clipped_surrogate_bounds_the_ratio():
@@ -338,17 +353,32 @@ PIECES_OF_ANSWERS = [
 ]  # fmt: skip
 
 
+@contextmanager
+def no_hang(seconds=30):
+    """What takes milliseconds may take half a minute on a busy machine; endless tries do not."""
+
+    def ring(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_no_text_raises_or_takes_long():
     rng = random.Random(0)
     texts = ["".join(rng.choices(PIECES_OF_ANSWERS, k=rng.randint(1, 30))) for _ in range(1500)]
     texts += [rng.randbytes(rng.randint(0, 60)).decode("latin-1") for _ in range(1500)]
     texts += ["#### 99**98**97", "#### 1e999999", "#### 9**9**9**9"]
-    began = time.process_time()
-    for text in texts:
-        assert common.reward("#### " + text.replace("\n", ""), "7") in (0.0, 1.0)
-        assert common.reward(text, text) in (0.0, 1.0)
-        common.parse_number(text)
-    assert time.process_time() - began < 4
+    with no_hang():
+        for text in texts:
+            assert common.reward("#### " + text.replace("\n", ""), "7") in (0.0, 1.0)
+            assert common.reward(text, text) in (0.0, 1.0)
+            common.parse_number(text)
 
 
 @pytest.mark.parametrize("piece", PIECES_OF_ANSWERS)
@@ -357,9 +387,8 @@ def test_no_long_text_takes_long(piece):
     for start, end in itertools.product(("", "#### ", r"\boxed{", "#### 1"), ("", "!", "}", "=")):
         for length in (common.LONGEST_ANSWER - 10, 100_000):
             text = start + piece * (length // len(piece)) + end
-            began = time.process_time()
-            common.reward(text, "7"), common.reward("#### 7", text), common.parse_number(text)
-            assert time.process_time() - began < 0.4
+            with no_hang():
+                common.reward(text, "7"), common.reward("#### 7", text), common.parse_number(text)
 
 
 GSM8K = os.environ.get("GSM8K_TEST", Path(__file__).parents[2] / "shared/data/gsm8k/test.jsonl")
@@ -1146,6 +1175,29 @@ def test_weights_are_cast_once_a_batch_and_keys_and_values_kept_in_low_precision
     assert common.token_bytes(model) == 2 * 2 * 16 // 2 * 4
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_large_vocabularies_are_drawn_from_in_parts_with_the_same_result(monkeypatch, greedy):
+    """A part holds so many rollouts that their (R, V) probabilities fit."""
+    model, heads = llama(vocab=61), []
+    prefixes = [[1, 2, 3], [4], [4], [5, 6]]
+    options = dict(max_new_tokens=6, eos={7}, greedy=greedy)
+    results = []
+    for most in (1 << 25, 61 * 3, 1):
+        monkeypatch.setattr(common, "MAX_LOGITS", most)
+        generator = torch.Generator().manual_seed(3)
+        results.append(common.sample(model, prefixes, 4, **options, generator=generator))
+    monkeypatch.setattr(common, "MAX_LOGITS", 61 * 3)
+    true_draw = common.draw
+
+    def draw(model, hidden, row, *rest):
+        heads.append(len(row))
+        return true_draw(model, hidden, row, *rest)
+
+    monkeypatch.setattr(common, "draw", draw)
+    common.sample(model, prefixes, 4, **options)
+    assert max(heads) == 3 and results[0] == results[1] == results[2]
+
+
 def test_sampling_is_sized_by_the_memory_that_is_free():
     giga = 10**9
     assert common.sampling_tokens(None, 10**6, 1000) == 65_536  # a CPU
@@ -1548,9 +1600,8 @@ def test_a_later_marker_on_the_same_line_counts(text, answer):
 
 
 def test_many_open_boxes_are_read_in_linear_time():
-    began = time.perf_counter()
-    assert common.extract_answer("\\boxed{" * 40_000) is None
-    assert time.perf_counter() - began < 2
+    with no_hang():  # every pair of braces would take minutes
+        assert common.extract_answer("\\boxed{" * 200_000) is None
 
 
 @pytest.mark.parametrize("text", ["1 1/2", r"2\frac{1}{2}", "3 4", "1,23,456", "1e5", "1" * 301])

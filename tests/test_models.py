@@ -3,6 +3,7 @@ what the hub's do - chat templates, several ends, generation settings, shards, b
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconH1Config, GPT2Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import FalconH1Config, GPT2Config
 from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig
 from transformers import MambaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 import common
-from common import BadInput, Problem, Sample
+from common import BadInput, Problem
 from test_common import assert_drawn_from, next_logits, random_samples, reference
 
 FAMILIES = ("qwen2", "llama", "gpt2")
@@ -169,7 +172,27 @@ def break_template(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
 
 
+def break_infinite(folder, value=math.inf):
+    weights = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+    weights["model.norm.weight"][3] = value
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def break_bert(folder):
+    sizes = dict(vocab_size=500, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    config = BertConfig(**sizes, num_attention_heads=1, initializer_range=0.3)
+    for path in folder.glob("model*"):
+        path.unlink()
+    BertForMaskedLM(config).save_pretrained(folder)
+
+
 BREAK = {
+    "infinite": (break_infinite, "model.norm.weight is not finite"),
+    "nan": (lambda f: break_infinite(f, math.nan), "model.norm.weight is not finite"),
+    "bert": (break_bert, "bert lets tokens see later ones; not a causal language model"),
+    "shapes": (lambda f: change_config(f, hidden_size=16), "by config.json [409, 16]"),
     "pickled": (break_pickled, "weights"),
     "custom code": (break_custom_code, "config.json"),
     "encoder-decoder": (break_encoder_decoder, "text-only decoder"),

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
@@ -145,6 +147,79 @@ def test_what_a_batch_may_hold_is_that_of_the_run(monkeypatch):
     monkeypatch.setattr(common, "decode", spy)
     common.sample(model, [[1, 2, 3]] * 9, 1, max_new_tokens=5, eos={0})
     assert rows == [5, 4]  # 8 tokens a row
+
+
+# -------------------------------------------------------------------- a device without float64
+
+
+class NoFloat64(TorchFunctionMode):
+    """Refuses what `--device mps` refuses: float64 on the device. What comes of `.cpu()`, or from
+    nothing without a device, is on the host, where float64 is fine."""
+
+    def __torch_function__(self, function, types, args=(), options=None):
+        options = options or {}
+        result = function(*args, **options)
+        given = [x for x in tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        host = function is torch.Tensor.cpu or any(getattr(x, "host", False) for x in given)
+        host = host or not given and "device" not in options
+        host = host and not (function is torch.Tensor.to and torch.device("cpu") in args)
+        for x in made:
+            if not host and x.dtype == torch.float64:
+                raise TypeError(f"float64 on the device, by {function}")
+            x.host = host
+        return result
+
+
+@pytest.mark.parametrize("script", ["spo", "spo --variant tree", "mpo", "reset_po"])
+def test_no_float64_on_a_device_that_has_none(script, monkeypatch):
+    monkeypatch.setattr(common, "exact_dtype", lambda device: torch.float32)
+    module = __import__(script.split()[0])
+    torch.manual_seed(0)
+    model, tokenizer = common.build_policy(257).eval(), common.build_tokenizer()
+    monkeypatch.setattr(common, "response_reward", lambda ids, *_: float(sum(ids) % 2))
+    problems = common.load_problems("sums", "train", 4)
+    states = [common.initial_state(tokenizer, problem) for problem in problems]
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    with NoFloat64():
+        with pytest.raises(TypeError, match="on the device"):
+            torch.ones(1, device="cpu").double()
+        if script == "mpo":
+            for layout, weights in (("window", 0.2), ("block", "uniform"), ("block", "joint")):
+                cfg = module.Config(
+                    prompts=4, group_size=4, batch_size=8, epochs=2, layout=layout,
+                    weights=weights, scale_eps=True, max_new_tokens=8,
+                )  # fmt: skip
+                rollouts = common.complete(model, tokenizer, states, 4, 8, generator=generator)
+                samples = module.assign_credit(model, rollouts, cfg).samples
+                metrics = module.update(model, optimizer, schedule, samples, cfg, "0")
+                assert all(map(math.isfinite, metrics.values())) and metrics["block_ratio_var"] > 0
+        elif script == "reset_po":
+            cfg = module.Config(prompts=4, clip_eps=0.2, max_new_tokens=8)
+            drawn, plans = module.draw_answers(model, tokenizer, problems, cfg, generator)
+            credit = module.assign_credit(model, tokenizer, problems, drawn, plans, cfg, generator)
+            samples = [s for group in credit.base + credit.reset for s in group]
+            module.update(model, optimizer, schedule, samples, cfg, "0")
+        else:
+            tree = "tree" in script
+            cfg = module.Config(
+                variant="tree" if tree else "chain", prompts=4, segment_tokens=3, kl_coef=0.1,
+                max_new_tokens=8,
+            )  # fmt: skip
+            if tree:
+                grown = module.grow_trees(model, tokenizer, states, cfg, generator)
+                samples = module.credit_trees(model, grown, cfg).samples
+            else:
+                answers = [problem.answer for problem in problems]
+                rollouts = common.complete(model, tokenizer, states, 1, 8, generator=generator)
+                samples = module.assign_credit(
+                    model, tokenizer, rollouts, answers, cfg, generator
+                ).samples
+            reference = copy.deepcopy(model)
+            module.update(model, optimizer, schedule, samples, cfg, "0", reference)
+        common.evaluate(model, tokenizer, problems, 2, 8, 1.0, 0)
 
 
 # ----------------------------------------------------------------------------------------- a GPU

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import common
 import reset_po
 from common import BadInput, Problem, Rollout, Sample
+from test_models import byte_level_bpe
 from tiny_policy import END, HORIZON, PROMPT, all_answers, exact_values, fake_rewards, flat_grad
 from tiny_policy import log_prob, reward_of
 
@@ -223,6 +224,110 @@ def test_a_special_token_can_end_a_step():
     ids = [*one, mark, *two, mark, *one, tokenizer.eos_token_id]
     assert reset_po.step_starts(ids, tokenizer, "</step>") == [0, 6, 10]
     assert reset_po.step_starts([*one, mark], tokenizer, "</step>") == [0]
+
+
+def by_prefixes(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()) -> list[int]:
+    """What step_starts comes to, from the text of every prefix: slow, and nothing to get wrong."""
+    if ids and ids[-1] in {*tokenizer.all_special_ids, *stops}:
+        ids = ids[:-1]
+
+    def text(count: int) -> str:
+        return tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+    begins, at = [], 0
+    for piece in text(len(ids)).split(delimiter):
+        if piece.strip():
+            begins.append(at)
+        at += len(piece) + len(delimiter)
+    lengths = [len(text(t)) for t in range(len(ids) + 1)]
+    starts = {0}
+    for c in begins[1:]:
+        t = next(t for t, length in enumerate(lengths) if length >= c)
+        starts.add(t if lengths[t] == c else t - 1)
+    return sorted(starts)[:max_steps]
+
+
+def byte_fallback():
+    """As Llama 2's: characters and a few words, all else in bytes, a line break among them."""
+    letters = {char for char in "Tom has 3 apples and 4 more?+-=#0123456789" if char != " "}
+    names = [
+        "<e>",
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *sorted(letters),
+    ]
+    names += ["\u2581T", "om"]
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={name: i for i, name in enumerate(names)}, byte_fallback=True, fuse_unk=True,
+            merges=[("\u2581", "T"), ("o", "m")], unk_token="<unk>",
+        )
+    )  # fmt: skip
+    normal, decode = tokenizers.normalizers, tokenizers.decoders
+    spaces = [normal.Prepend("\u2581"), normal.Replace(" ", "\u2581")]
+    bpe.normalizer = normal.Sequence(spaces)
+    steps = [decode.Replace("\u2581", " "), decode.ByteFallback(), decode.Fuse()]
+    bpe.decoder = decode.Sequence([*steps, decode.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>", unk_token="<unk>")
+
+
+READERS = dict(
+    bytes=common.build_tokenizer, bpe=lambda: byte_level_bpe("qwen2"), fallback=byte_fallback
+)
+PIECES = [
+    "\n",
+    "\n\n",
+    " ",
+    "\u20ac",
+    "\U0001f34e",
+    "\u00e9",
+    "\u7f8e",
+    "a",
+    "bc",
+    "Tom",
+    "1",
+    "+",
+    "\u3000",
+]
+PIECES += ["\ufffd", "\r\n", "#### 7", "31+4=35\n"]
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_steps_are_those_that_the_text_of_every_prefix_gives(kind):
+    tokenizer, rng = READERS[kind](), random.Random(0)
+    rows = [[201, 165, 2, 14, 181, 51, 68, 30, 183, 196, 206, 160, 3, 200, 78, 70, 254, 240, 31]]
+    for i in range(400):
+        ids = common.encode(tokenizer, "".join(rng.choices(PIECES, k=rng.randint(0, 40))))
+        rows.append(ids[: rng.randint(0, len(ids))] if i % 2 else ids)  # a character may be torn
+        rows.append([rng.randrange(len(tokenizer)) for _ in range(rng.randint(0, 30))])
+    assert max(map(len, rows)) > 64
+    for ids in rows:
+        for delimiter, most in (("\n", 99), ("\n", 20), ("=", 99), ("\n\n", 3)):
+            given = reset_po.step_starts(ids, tokenizer, delimiter, most)
+            assert given == by_prefixes(ids, tokenizer, delimiter, most), (ids, delimiter)
+    text = "Tom has 3.\n" * 40
+    assert len(reset_po.step_starts(common.encode(tokenizer, text), tokenizer, "\n", 99)) == 40
+    assert len(reset_po.step_starts(common.encode(tokenizer, text), tokenizer)) == 20
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_steps_are_found_in_time_linear_in_the_answers_length(kind, monkeypatch):
+    """Counted, not timed: how many ids are decoded, over and over. Every prefix would be T / 2."""
+    tokenizer = READERS[kind]()
+    decode, read = type(tokenizer).decode, []
+
+    def spy(self, ids, **options):
+        read.append(len(ids))
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", spy)
+    text = "Tom has 3 apples and 4 more.\n31+4=35\n\u7f8e\U0001f34e\n" * 400
+    for count in (512, 2048):
+        read.clear()
+        ids = common.encode(tokenizer, text)[:count]
+        assert len(reset_po.step_starts(ids, tokenizer, "\n", count)) > count / 40
+        assert sum(read) < 16 * count
 
 
 # ----------------------------------------------------------------------------------- localisers

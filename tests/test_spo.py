@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -945,6 +946,27 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_a_width(tokenizer, monkeypat
     assert narrow.split("\n")[0] == "12+6-8   an…, V 0.50"
     coloured = spo.show_tree(*given, colour=True, width=48)
     assert "\033[48;5;" in coloured
+
+
+def test_replay_draws_so_many_nodes_of_a_question_and_of_all_and_loses_none():
+    cfg = spo.Config(variant="tree", replay_age=2, replay_nodes=3, replay_total=7)
+
+    def entries(step):
+        return [(step, f"q{i % 4}", dict(context=[step], ids=[i])) for i in range(20)]
+
+    waiting, used = [], []
+    for step in range(4):
+        fresh = [entry for entry in waiting if step - entry[0] < 2] + entries(step)
+        samples, later = spo.draw_replay(waiting + entries(step), step, cfg, f"seed-{step}")
+        drawn = [(s.context[0], s.ids[0]) for s in samples]
+        assert len(drawn) == 7 == len({*drawn}) and not {*drawn} & {*used}
+        assert max(Counter(i % 4 for _, i in drawn).values()) <= 3
+        assert all(step - born < 2 for born, _ in drawn)
+        kept = [(born, fields["ids"][0]) for born, _, fields in later]
+        assert sorted(drawn + kept) == sorted((b, f["ids"][0]) for b, _, f in fresh)
+        used, waiting = used + drawn, later
+    alone = spo.draw_replay(entries(0), 0, spo.Config(variant="tree", replay_age=1), "s")[0]
+    assert len(alone) == 20  # by default 32 of a question and 512 of all
 
 
 # ------------------------------------------------------------------------------ credit and truth
