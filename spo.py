@@ -18,7 +18,8 @@ samples.
 
 Departures from the paper, and choices where paper and released code disagree:
  1. Advantages are used as they are. The code whitens them per micro-batch, which can flip signs.
- 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient.
+ 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient. Answers
+    without advantage count in it; a tree's nodes without are no samples, and do not.
  3. The end token is trained, for a policy from scratch must learn to stop. A cut answer has none.
  4. Prefixes are cut on token ids, never decoded and tokenised again.
  5. No top-p: the policy that is scored is exactly the one that sampled. The KL is off by default.
@@ -26,6 +27,8 @@ Departures from the paper, and choices where paper and released code disagree:
     groups, and other problems teach more than other answers to the same one.
  7. Sizes and learning rate, which stays as it is after its warm-up, suit the small policy of the
     built-in task; for other models some are the paper's (LARGE).
+ 8. Replay trains at most replay_total nodes a step, and the others wait. The code shuffles and cuts,
+    or repeats, to a fixed number.
 
     python spo.py                   65 s on two cores, held-out accuracy 0.22 -> 0.86
     python spo.py --variant tree    75 s, 0.22 -> 0.93

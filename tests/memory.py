@@ -1,8 +1,9 @@
 """Computes the table of GPU memory in README.md, without a GPU: python tests/memory.py
 
-Weights, gradients and AdamW's moments are 16 bytes a parameter, counted on the model's shape; the
-key-value cache follows from that shape too. What a layer keeps for the backward pass is measured:
-one forward pass of one and of two layers, in autocast, by the bytes autograd holds.
+Weights and AdamW's moments are 12 bytes a parameter, counted on the model's shape, gradients 4, and
+AdamW's step takes 4 more for a moment. What a layer keeps for the backward pass is measured: one
+forward pass of one and of two layers, in autocast, by the bytes autograd holds. Sampling is sized by
+what is left (common.sampling_tokens), so it takes no part.
 """
 
 import functools
@@ -62,23 +63,24 @@ def held(name: str, layers: int, recompute: bool) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def peak(name: str, sampling: int, training: int, recompute: bool, reference: bool) -> float:
-    """GB while sampling or while updating, whichever is more."""
-    hidden, depth, heads, kv_heads, mlp, vocab, _ = SHAPES[name]
+def peak(name: str, training: int, recompute: bool, reference: bool) -> float:
+    """GB while gradients are computed or while the optimiser steps, whichever is more."""
+    _, depth, _, _, _, vocab, _ = SHAPES[name]
     n = parameters(name)
-    fixed = 12 * n + 2 * n + (6 * n if reference else 0)  # with copies in bf16, the reference's too
-    cache = sampling * depth * 2 * kv_heads * (hidden // heads) * 2
+    copies = (4 if reference else 2) * n  # in bf16, for as long as an autocast lasts
+    fixed = (16 if reference else 12) * n
     layer = (held(name, 2, recompute) - held(name, 1, recompute)) / TOKENS
     inside = (held(name, 2, False) - held(name, 1, False)) / TOKENS if recompute else 0
-    logits = 14 * min(training * vocab, common.MAX_LOGITS)  # bf16, fp32, log-softmax, its gradient
-    return (fixed + max(cache, 4 * n + training * (depth * layer + inside) + logits)) / GB
+    logits = 12 * min(training * vocab, common.MAX_LOGITS)  # fp32: logits, log-softmax, gradient
+    update = copies + 4 * n + training * (depth * layer + inside) + logits
+    return (fixed + max(update, 8 * n)) / GB
 
 
 if __name__ == "__main__":
     print("| | parameters | flags | any script | with `--kl_coef` |\n|---|---|---|---|---|")
     for name in SHAPES:
         for training, recompute in ((1 << 14, False), (1 << 14, True), (1 << 12, True)):
-            sizes = [peak(name, 1 << 16, training, recompute, ref) for ref in (False, True)]
+            sizes = [peak(name, training, recompute, ref) for ref in (False, True)]
             flags = f"`--training_tokens {training}`" if training != 1 << 14 else ""
             flags += " `--gradient_checkpointing True`" if recompute else ""
             cells = " | ".join(f"{size:.0f} GB" for size in sizes)
