@@ -1,11 +1,19 @@
 """What spo.py, mpo.py and reset_po.py share; nothing in here belongs to one algorithm.
 
-In reading order: problems and answers -> policy and warm start -> sampling -> scoring -> shared
-maths -> optimisation and checkpoints -> evaluation -> command line, run log and display.
+    what flows               Problem, Rollout, Sample, Batch, Compute
+    sampling                 sample, complete
+    scoring                  collate, token_logprobs, score
+    shared maths             group_advantages, clipped_surrogate, k3
+    optimisation             minibatches, optimizer_step
+    policy and warm start    the tokenizer, prompts, the built-in policy, load_policy, memory
+    problems, answers        the built-in task and files; reward, step_starts
+    evaluation
+    settings                 arg, RunConfig, the command line
+    a run                    set_up, training_steps, log_step, checkpoints, endings, display
 
 Data flow:  prompt ids -> sample() -> Rollout -> credit assignment (in the scripts) -> Sample ->
 collate() -> token_logprobs() -> loss (in the scripts). Everything is cut on token ids, and every
-mask comes from lengths.
+mask comes from lengths. A reader of a script needs the first four parts.
 """
 
 import sys
@@ -22,7 +30,6 @@ def no_traceback_for_ctrl_c(kind, error, trace) -> None:
 sys.excepthook = no_traceback_for_ctrl_c
 
 import argparse
-import copy
 import csv
 import functools
 import hashlib
@@ -39,7 +46,7 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -69,88 +76,11 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+# --------------------------------------------------------------------------------------- what flows
+
+
 class BadInput(Exception):
     """Something the user gave cannot be used: `cli` prints it as one line and exits with code 2."""
-
-
-def arg(default, help: str, low: float | None = None, above=None, high: float = 1e6):
-    """A dataclass field that the command line documents. Numbers have to be at least `low`, or
-    more than `above`, and at most `high`, which is there to catch a slip of the finger."""
-    metadata = dict(help=help, low=low, above=above, high=high)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def check_bounds(config) -> None:
-    """Raises BadInput for a number of a dataclass that is outside the bounds of its `arg`."""
-    for setting in fields(config):
-        low, above, high = (setting.metadata[key] for key in ("low", "above", "high"))
-        value = getattr(config, setting.name)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (str, bool)):
-                continue
-            wrong = f"--{setting.name} {number}: must be"
-            if low is not None and not number >= low:  # nor is nan
-                raise BadInput(f"{wrong} at least {low}")
-            if above is not None and not number > above:
-                raise BadInput(f"{wrong} above {above}")
-            if not number <= high:
-                raise BadInput(f"{wrong} at most {high:,.0f}")
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-@dataclass
-class RunConfig:
-    """What a run is about, whatever the algorithm. Each script adds its own Config."""
-
-    name: str = arg("", "the run's folder is runs/<name>; by default the script's name")
-    data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
-    model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
-    prompt: str = arg(
-        "auto", "text below each question; auto: how to answer --data (README); none: nothing"
-    )
-    seed: int = arg(0, "fixes problems, warm start, sampling and order", low=0, high=2**63 - 1)
-    device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "auto: cuda where there is one")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg(
-        "auto", "autocast over fp32 weights; auto: bf16 on cuda (fp16 where it has none), else fp32"
-    )
-    sampling_tokens: int = arg(
-        0, "memory: most tokens that are sampled from at once; 0: by free memory, on a CPU 65,536",
-        low=0, high=1e12,
-    )  # fmt: skip
-    training_tokens: int = arg(
-        0, "memory: most tokens in one pass forward and backward; 0: 16,384, on a CPU 2,048",
-        low=0, high=1e12,
-    )  # fmt: skip
-    gradient_checkpointing: bool = arg(False, "memory: layers are computed again going backward")
-    terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less", low=2)
-    warm_start_steps: int = arg(
-        300, "supervised steps that make the built-in policy; 0: none", low=0
-    )
-    eval_problems: int = arg(500, "held-out problems per evaluation", low=1)
-    eval_samples: int = arg(
-        4, "answers sampled to each: accuracy is their mean, pass@k their best", low=1
-    )
-    eval_every: int = arg(0, "evaluate every so many steps too; 0: only before and after", low=0)
-    show_every: int = arg(10, "show an answer with its credit every so many steps; 0: never", low=0)
-    save_every: int = arg(10, "checkpoint every so many steps, and after the last", low=1)
-    tiny: bool = arg(False, "a whole small experiment in half a minute: other defaults")
-    resume: bool = arg(False, "continue runs/<name> from its checkpoint")
-    eval_only: bool = arg(False, "evaluate --model, or else runs/<name>, and write nothing")
-
-    def __post_init__(self):
-        check_bounds(self)
-        if not re.fullmatch(r"[\w-][\w.-]{0,98}|", self.name) or self.name == "warm_start":
-            raise BadInput(
-                f"--name {self.name!r}: up to 99 letters, digits, '.', '_', '-', the first no dot"
-            )
-
-
-# ------------------------------------------------------------------------ problems and answers
 
 
 class Problem(NamedTuple):
@@ -159,6 +89,752 @@ class Problem(NamedTuple):
     answer: str
     checkable: bool = False  # True: `solution` is the only right text, so each step can be judged
 
+
+@dataclass
+class Rollout:
+    prompt: list[int]
+    ids: list[int]  # sampled ids, the end token included if there is one
+    finished: bool  # False: cut by its budget, so without an end token
+    reward: float = 0.0
+
+
+@dataclass
+class Sample:
+    """What is trained on: `ids` after `context`, which carries neither gradient nor advantage."""
+
+    context: list[int]
+    ids: list[int]
+    advantages: list[float] | None = None  # one per trained id
+    old_logprobs: list[float] | None = None  # under the policy that sampled, one per trained id
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor  # (B, L) context and trained ids, right-padded
+    context_lens: Tensor  # (B,)
+    targets: Tensor  # (B, T) the trained ids
+    mask: Tensor  # (B, T) bool, True where a trained id stands
+    advantages: Tensor  # (B, T) 0 outside the mask
+    old_logprobs: Tensor  # (B, T) 0 outside the mask
+
+
+@dataclass
+class Compute:
+    """How to compute: in one precision for sampling, old and new log-probs, or ratios would not
+    begin at 1; and how much at once."""
+
+    dtype: torch.dtype = torch.float32  # of forward passes (autocast), over fp32 weights
+    sampling_tokens: int = 1 << 16  # rollouts sampled at once x their longest text
+    training_tokens: int = 1 << 11  # samples in a forward pass x their longest text
+
+    def autocast(self, device) -> torch.autocast:
+        """Entered anew for each call: inside one context autocast keeps its low-precision copies of
+        weights that have since been updated."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def sample(
+    model,
+    prefixes: list[list[int]],
+    n: int = 1,
+    *,
+    max_new_tokens: int | list[int],
+    eos: set[int],
+    temperature: float = 1.0,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+    bar: str = "sampling",
+    compute: Compute = Compute(),
+) -> list[Rollout]:
+    """`n` continuations of each prefix, prefix-major. Equal prefixes are drawn independently.
+
+    max_new_tokens: one budget, or one per prefix. bar: what to call it if it takes long. Draws from
+    softmax(logits / temperature) over the whole vocabulary, whatever the checkpoint's
+    generation_config says: the sampled policy is the scored one. Raises ValueError for an empty
+    prefix, n < 1, a temperature that is not above 0, a number of budgets that is not one per
+    prefix, or more positions than the model has.
+    """
+    one = isinstance(max_new_tokens, int)
+    budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)
+    if n < 1 or not (greedy or temperature > 0) or len(budgets) != len(prefixes):
+        raise ValueError("need n >= 1, a temperature above 0, and one budget or one per prefix")
+    if any(not p or b < 0 or len(p) + b > window(model) for p, b in zip(prefixes, budgets)):
+        raise ValueError(f"a prefix is empty, or longer with its budget than {window(model)}")
+    rollouts = [Rollout(list(prefix), [], False) for prefix in prefixes for _ in range(n)]
+    budgets = [budget for budget in budgets for _ in range(n)]
+    # Prefixes of like length go together, so that little is padded. One without budget is done.
+    queue = [i for i, budget in enumerate(budgets) if budget]
+    queue.sort(key=lambda i: len(rollouts[i].prompt))
+    was_training = model.training
+    model.eval()
+    done = slow_bar(bar, len(queue), "answer")
+    try:
+        while queue:
+            lengths = (len(rollouts[i].prompt) + budgets[i] for i in queue)
+            longest = accumulate(lengths, max)  # of the first, the first two, ...: ascending
+            most = compute.sampling_tokens
+            fits = [size for size, length in enumerate(longest, 1) if size * length <= most]
+            size = max(fits, default=1)
+            chosen, queue = queue[:size], queue[size:]
+            batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
+            with compute.autocast(model.device):
+                # inference_mode is faster, but in it autocast casts every weight at every token.
+                low = torch.is_autocast_enabled(model.device.type)
+                with torch.no_grad() if low else torch.inference_mode():
+                    decode(model, *batch, eos, temperature, greedy, generator, done)
+    finally:
+        done.close()
+        model.train(was_training)
+    return rollouts
+
+
+def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
+    """Extend the R `rollouts` in place, as one batch, a token at a time until all have ended, as
+    `bar` shows.
+
+    Rollouts of one prefix that have drawn the same tokens so far have the same distribution of the
+    next, so they share a row of the forward pass, from which each draws its own: S rows for S
+    distinct texts. A prefix is prefilled once, and its continuations are computed apart only from
+    where they part.
+    """
+    device = model.device
+    distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
+    width = max(map(len, distinct))
+    # Padded on the left, all rows get their next token in the same column; positions count from
+    # each row's first real token.
+    padding = [[0] * (width - len(prefix)) for prefix in distinct]
+    ids = torch.tensor([[*pad, *p] for pad, p in zip(padding, distinct)], device=device)  # (S, L)
+    mask = torch.tensor([[*pad, *[1] * len(p)] for pad, p in zip(padding, distinct)], device=device)
+    position = (mask.cumsum(1) - 1).clamp(min=0)  # (S, L)
+    cache, cached = KeyValues(config=model.config), cache_keyword(model)
+
+    def forward(ids, mask, position) -> Tensor:  # the last column's hidden state, (S, H)
+        options = {"attention_mask": mask, "position_ids": position, cached: cache}
+        return model.base_model(ids, **options, use_cache=True).last_hidden_state[:, -1]
+
+    hidden, position = forward(ids, mask, position), position[:, -1:]  # (S, H), (S, 1)
+    if cache.get_seq_length() != width:
+        raise RuntimeError(f"{type(model).__name__} has kept no keys and values of its prompts")
+    number = {prefix: i for i, prefix in enumerate(distinct)}
+    row = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,) in 0..S-1
+    live = list(zip(rollouts, budgets))
+    vocab = model.get_output_embeddings().weight.shape[0]
+    while True:
+        parts = row.split(max(1, MAX_LOGITS // vocab))
+        drawn = [draw(model, hidden, part, temperature, greedy, generator) for part in parts]
+        token = torch.cat(drawn)  # (R,)
+        for (rollout, _), id in zip(live, token.tolist()):
+            rollout.ids.append(id)
+            rollout.finished = id in eos
+        going = [not r.finished and len(r.ids) < budget for r, budget in live]
+        if not all(going):
+            live = [entry for entry, goes in zip(live, going) if goes]
+            bar.update(len(going) - len(live))
+            if not live:
+                return
+            row, token = row[going], token[going]
+        # The new rows: every pair of an old one and a token that somebody drew from it.
+        pair, row = torch.unique(row * vocab + token, return_inverse=True)  # (S,), (R,)
+        parent, token = pair // vocab, pair % vocab  # (S,)
+        if not torch.equal(parent, torch.arange(len(mask), device=device)):
+            cache.batch_select_indices(parent)
+            mask, position = mask[parent], position[parent]
+        mask, position = F.pad(mask, (0, 1), value=1), position + 1
+        hidden = forward(token[:, None], mask, position)  # (S, H)
+
+
+def draw(model, hidden, row, temperature, greedy, generator) -> Tensor:
+    """(R,) the next token of each rollout. hidden: (S, H) states before it; row: (R,) the one of
+    each rollout."""
+    rows, row = torch.unique(row, return_inverse=True)  # without those of other parts
+    logits = head_logits(model, hidden[rows])  # (S, V)
+    if greedy:
+        return logits.argmax(-1)[row]
+    # Inverse CDF: one random number a rollout; torch.multinomial draws one for every id.
+    exact = exact_dtype(logits.device)
+    cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)[row]  # (R, V)
+    u = torch.rand(len(cdf), 1, dtype=exact, device=cdf.device, generator=generator)
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
+    return token.clamp(max=cdf.shape[1] - 1)
+
+
+def head_logits(model, hidden: Tensor) -> Tensor:
+    """(N, V) logits of hidden states (N, H), in fp32 whatever the autocast dtype: bf16 has three
+    digits, and where logits are about 20 it would move log-probs by more than a small update."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.get_output_embeddings()(hidden.float())
+
+
+def exact_dtype(device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+
+
+class KeyValues(DynamicCache):
+    """transformers' cache, in the dtype that attention computes in under autocast: rotated keys are
+    fp32, take twice the memory, and would be rounded again, all of them, for every token."""
+
+    def update(self, keys, values, *args, **options):
+        if torch.is_autocast_enabled(keys.device.type):
+            dtype = torch.get_autocast_dtype(keys.device.type)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return super().update(keys, values, *args, **options)
+
+
+def cache_keyword(model) -> str:
+    """The name that the installed transformers has for keys and values kept from earlier tokens.
+
+    By the model's signature: many models swallow a keyword that they do not know, and would go on
+    without their context. Raises ValueError for a model that takes none.
+    """
+    known = inspect.signature(model.base_model.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise ValueError("keeps no keys and values")
+
+
+def complete(
+    model, tokenizer, states, n: int, max_new_tokens: int, limit: int | None = None, **options
+) -> list[Rollout]:
+    """`n` rewarded completions of each state, state-major.
+
+    A state is (prompt ids, answer ids so far, true answer); its rollouts' `prompt` holds the first
+    two. Budget and reward are those of the whole answer, and one cut by `limit`, the most tokens
+    a completion may add to its state, is as wrong as any that is cut. options: `sample`'s.
+    """
+    prefixes = [[*prompt, *done] for prompt, done, _ in states]
+    rooms = [answer_budget(model, prompt, max_new_tokens) - len(done) for prompt, done, _ in states]
+    rooms = [min(room, limit or room) for room in rooms]
+    stops = eos_ids(model, tokenizer)
+    rollouts = sample(model, prefixes, n, max_new_tokens=rooms, eos=stops, **options)
+    for i, r in enumerate(rollouts):
+        _, done, answer = states[i // n]
+        r.reward = response_reward([*done, *r.ids], r.finished, answer, tokenizer)
+    return rollouts
+
+
+def initial_state(
+    tokenizer, problem: Problem, instruction: str = ""
+) -> tuple[list[int], list[int], str]:
+    """(prompt ids, answer ids so far, true answer): what `complete` goes on from."""
+    return prompt_ids(tokenizer, problem, instruction), [], problem.answer
+
+
+def answer_budget(model, prompt: list[int], max_new_tokens: int) -> int:
+    """How long an answer may be: `max_new_tokens`, or what the prompt leaves of the window."""
+    return min(max_new_tokens, window(model) - len(prompt))
+
+
+def response_reward(ids: list[int], finished: bool, answer: str, tokenizer) -> float:
+    """Reward of a whole answer; one that was cut is wrong: "#### 6" could have become 61."""
+    return reward(tokenizer.decode(ids, skip_special_tokens=True), answer) if finished else 0.0
+
+
+# ------------------------------------------------------------------------------------------ scoring
+
+
+def collate(samples: list[Sample], device="cpu") -> Batch:
+    """Right-pad samples to one batch; masks come from lengths, never from token values."""
+    if any(not s.context or not s.ids for s in samples):
+        raise ValueError("every sample needs a context to predict from, and an id to train")
+
+    def pad(rows, dtype) -> Tensor:
+        return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], True).to(device)
+
+    return Batch(
+        input_ids=pad([[*s.context, *s.ids] for s in samples], torch.long),
+        context_lens=torch.tensor([len(s.context) for s in samples], device=device),
+        targets=pad([s.ids for s in samples], torch.long),
+        mask=pad([[True] * len(s.ids) for s in samples], torch.bool),
+        advantages=pad([s.advantages or [0.0] * len(s.ids) for s in samples], torch.float),
+        old_logprobs=pad([s.old_logprobs or [0.0] * len(s.ids) for s in samples], torch.float),
+    )
+
+
+MAX_LOGITS = 1 << 25  # elements in one chunk's logits: 128 MiB in fp32, whatever the vocabulary
+
+
+def token_logprobs(
+    model, batch: Batch, temperature=1.0, with_entropy=False, compute: Compute = Compute()
+):
+    """(B, T) log-prob of every trained id at the sampling temperature, fp32, 0 outside the mask.
+
+    The one path for old and new log-probs. Logits exist for trained ids only and a chunk at a
+    time; they and their log-softmax are fp32 whatever the autocast dtype. with_entropy: returns a
+    pair, the second being the policy's entropy at each trained id in nats, (B, T).
+    """
+    # transformers recomputes layers that are in training mode; what is inside them stays out of it,
+    # for there would be dropout.
+    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
+
+    def recompute(on: bool) -> None:
+        for layer in layers:
+            layer.training = on
+
+    def chunk_logprobs(hidden: Tensor, targets: Tensor):  # (N, H), (N,) -> (N,), (N,)
+        logprobs = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V)
+        chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+        return chosen, -(logprobs.exp() * logprobs).sum(-1) if with_entropy else chosen.detach()
+
+    with compute.autocast(model.device):
+        # Attention is causal and padding stands on the right: no real token sees it, so no mask.
+        recompute(True)
+        hidden = model.base_model(batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
+        recompute(False)
+        row, t = batch.mask.nonzero(as_tuple=True)  # (N,), (N,)
+        hidden = hidden[row, batch.context_lens[row] + t - 1]  # (N, H): the state BEFORE each id
+        size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
+        chunks = list(zip(hidden.split(size), batch.targets[row, t].split(size)))
+        if len(chunks) > 1 and torch.is_grad_enabled():  # forget logits, recompute in the backward
+            parts = [recompute_in_backward(chunk_logprobs, *c, use_reentrant=False) for c in chunks]
+        else:
+            parts = [chunk_logprobs(*chunk) for chunk in chunks]
+    zeros = torch.zeros(batch.mask.shape, device=hidden.device)
+    logprobs, entropy = (zeros.index_put((row, t), torch.cat(part)) for part in zip(*parts))
+    return (logprobs, entropy) if with_entropy else logprobs
+
+
+def micro_batches(samples: list[Sample], max_tokens: int = 1 << 11) -> Iterator[list[Sample]]:
+    """Samples of like length together, at most `max_tokens` wide x high, but at least one."""
+    micro = []
+    label = "updating" if torch.is_grad_enabled() else "scoring"
+    with slow_bar(label, len(samples), "row") as bar:
+        for s in sorted(samples, key=lambda s: len(s.context) + len(s.ids)):
+            if micro and (len(micro) + 1) * (len(s.context) + len(s.ids)) > max_tokens:
+                yield micro
+                bar.update(len(micro))
+                micro = []
+            micro.append(s)
+        if micro:
+            yield micro
+            bar.update(len(micro))
+
+
+@torch.no_grad()
+def score(model, samples: list[Sample], temperature: float, compute: Compute = Compute()) -> float:
+    """Fill in every sample's `old_logprobs`; returns the policy's mean entropy per trained id."""
+    total = 0.0
+    for micro in micro_batches(samples, compute.training_tokens):
+        batch = collate(micro, model.device)
+        logprobs, entropy = token_logprobs(
+            model, batch, temperature, with_entropy=True, compute=compute
+        )
+        total += entropy.sum().item()
+        for s, row in zip(micro, logprobs.tolist()):
+            s.old_logprobs = row[: len(s.ids)]
+    return total / sum(len(s.ids) for s in samples)
+
+
+# ------------------------------------------------------------------------------------- shared maths
+
+
+def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
+    """GRPO's advantages (arXiv 2402.03300): rewards (P, G) minus their group's mean and, if
+    `scale`, over its population std.
+
+    An all-equal group gives exact zeros: its rounding error over its tiny std would be a signal
+    out of nothing.
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
+    if scale:
+        advantages = advantages / rewards.std(1, correction=0, keepdim=True)
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | Tensor):
+    """PPO's objective per action (arXiv 1707.06347, Eq. 7), to be maximised, and where the clip has
+    cut the gradient; all of one shape. log_ratio: log pi(action) - log pi_old(action).
+
+    min() makes the clip one-sided: a positive advantage stops pushing once the ratio is above
+    1 + eps, a negative one once it is below 1 - eps.
+    """
+    ratio = log_ratio.clamp(-10, 10).exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    return objective, clipped * advantages < ratio * advantages
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """Estimate of KL(p || q) from each token sampled from p, with log_ratio = log q - log p; never
+    negative (J. Schulman, "Approximating KL Divergence", 2020).
+
+    As a penalty on p = pi its value is unbiased on fresh samples, but its gradient is, in
+    expectation, that of KL(q || pi): the samples do not move with pi.
+    """
+    log_ratio = log_ratio.clamp(-10, 10)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+# ------------------------------------------------------------------------------------- optimisation
+
+
+def batch_at(items: list, step: int, size: int, seed) -> list:
+    """Batch number `step` of an endless pass over `items`, reshuffled every epoch. A function of
+    its arguments alone, so an exact resume has nothing to restore."""
+    batch, order = [], None
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, len(items))
+        if order is None or place == 0:
+            order = random.Random(f"{seed}-{epoch}").sample(range(len(items)), len(items))
+        batch.append(items[order[place]])
+    return batch
+
+
+def minibatches(
+    samples: list[Sample], batch_size: int, epochs: int, seed: str
+) -> Iterator[list[Sample]]:
+    """What each optimiser step trains on: `epochs` passes over the samples, each in an order of its
+    own, in parts of `batch_size`, or a little less where that does not divide them; 0: all."""
+    for epoch in range(epochs):
+        order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
+        parts = math.ceil(len(order) / (batch_size or max(len(order), 1)))
+        for i in range(parts):
+            yield order[i * len(order) // parts : (i + 1) * len(order) // parts]
+
+
+def loss_scaler(device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """fp16 has too few small numbers for gradients: there the loss is scaled up, and they are
+    scaled down again. Idle in other dtypes."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def backward(loss: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+    (scaler.scale(loss) if scaler else loss).backward()
+
+
+def optimizer_step(
+    model, optimizer, schedule, loss: float, max_grad_norm: float, scaler=None
+) -> float:
+    """Clip the gradients, step, clear them; returns their norm before clipping.
+
+    scaler: the one that has scaled the loss, if any has. In fp16 gradients overflow now and then:
+    that step is left out, its norm is not finite. Raises FloatingPointError, with the weights as
+    they were, if loss or norm are not finite otherwise.
+    """
+    scaler = scaler or loss_scaler(torch.device("cpu"), torch.float32)  # an idle one
+    some = any(p.grad is not None for p in model.parameters())
+    if some:  # a scaler cannot do without; nothing had a signal
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    if some:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    optimizer.zero_grad()
+    if math.isfinite(norm):
+        schedule.step()
+    return norm
+
+
+def averages(totals: Counter, per_update: tuple, per_token: tuple) -> dict:
+    """What an update has summed up, as means over its optimiser steps or its trained tokens."""
+    metrics = {key: totals[key] / max(totals["updates"], 1) for key in per_update}
+    return metrics | {key: totals[key] / max(totals["tokens"], 1) for key in per_token}
+
+
+# ---------------------------------------------------------------------------- policy and warm start
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that any text can be read, and one token that ends an answer."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    end = "<end>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Ids of `text` alone; the name of a special token inside it is read as plain text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def user_turn(tokenizer, text: str) -> list[int]:
+    """Ids of `text` as the user's message, up to where the reply begins: in the chat template if
+    there is one, else with a line break behind.
+
+    The template may hold control tokens; their names inside `text` are read as plain text. In front
+    stands one bos if the tokenizer puts one before any text, whatever the template does.
+    """
+    before, after = "", "\n"
+    if tokenizer.chat_template:
+        chat = [dict(role="user", content=MARK)]
+        shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if MARK in shown:
+            (before, _, after), text = shown.partition(MARK), text.strip()
+
+    def read(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False).input_ids
+
+    if encode(tokenizer, text) == read(text):  # as a whole, for tokens may span the seams
+        ids = read(before + text + after)
+    else:
+        ids = [*read(before), *encode(tokenizer, text), *read(after)]
+    start = tokenizer("").input_ids[:1]
+    return start + ids if start == [tokenizer.bos_token_id] != ids[:1] else ids
+
+
+MARK = "2718281828"  # stands in a chat template for the text: templates trim or escape, not this
+
+
+def prompt_ids(tokenizer, problem: Problem, instruction: str = "") -> list[int]:
+    """Ids of a question, and of the instruction below it if there is one."""
+    text = f"{problem.question}\n\n{instruction}" if instruction else problem.question
+    return user_turn(tokenizer, text)
+
+
+def solution_ids(tokenizer, problem: Problem) -> list[int]:
+    return [*encode(tokenizer, problem.solution), tokenizer.eos_token_id]
+
+
+INSTRUCTIONS = {  # --data -> what --prompt auto asks of a model; a file's is GSM8K's
+    "sums": "Add up from left to right. Write one step a line and nothing else, in the form\n"
+    "31+4=35\nand after the last step a line with the total, in the form\n#### 35",
+    "gsm8k": "Work this out step by step, each step on a line of its own. Then write one last "
+    "line: #### and the answer as a plain number.",
+    "math": "Reason step by step, each step on a line of its own. Then put the final answer, and "
+    "nothing else, in \\boxed{}.",
+}
+
+
+def pick_instruction(run: "RunConfig", tokenizer) -> str:
+    """What stands below each question. The built-in policy learns its form from examples."""
+    own = INSTRUCTIONS.get(run.data, INSTRUCTIONS["gsm8k"])
+    built_in = tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    return {"auto": "" if built_in else own, "none": ""}.get(run.prompt, run.prompt)
+
+
+def build_policy(vocab_size: int) -> LlamaForCausalLM:
+    """A Llama of 0.4 M parameters: room for the table of facts, and quick on two CPU cores. One
+    key-value head for four query heads keeps small the cache that sampling reads at every token."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=336, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def imitation_batch(run: "RunConfig", tokenizer, problems: list[Problem], step: int):
+    """What the policy is to imitate, list[Sample]: on the built-in task the mistaken student's
+    work on 64 new sums, on a file the solutions of 8 problems, which are about as many tokens."""
+    if problems[0].checkable:
+        facts, indices = wrong_facts(run.seed), range(step * 64, (step + 1) * 64)
+        questions = [make_sum(run.seed, "train", i, run.terms).question for i in indices]
+        students = [random.Random(f"{run.seed}-student-{i}") for i in indices]
+        texts = [solve_sum(question, facts, rng) for question, rng in zip(questions, students)]
+        batch = [Problem(question, text, "") for question, text in zip(questions, texts)]
+    else:
+        batch = batch_at(problems, step, 8, f"{run.seed}-warm")
+    below = pick_instruction(run, tokenizer)
+    return [Sample(prompt_ids(tokenizer, p, below), solution_ids(tokenizer, p)) for p in batch]
+
+
+def warm_start(run: "RunConfig", problems: list[Problem], device, dtype) -> Path:
+    """Folder of the built-in policy after supervised training; made once, then shared and reused.
+
+    Muon on the matrices and AdamW on the rest learn the task several times faster than AdamW alone.
+    The folder's name hashes all that shapes the result, and it appears by one rename, so a killed
+    warm start leaves none. Two runs may make the same one at once: what the first saves is kept.
+    """
+    if dtype == torch.float16 or device.type == "cpu":  # no loss scaler here; bf16 is slow there
+        dtype = torch.float32
+    compute = Compute(dtype=dtype, training_tokens=training_tokens(device))
+    tokenizer = build_tokenizer()
+    torch.manual_seed(run.seed)
+    model = build_policy(len(tokenizer)).to(device)
+    recipe = [run.seed, run.terms, run.warm_start_steps, WRONG_FACTS, ERROR_RATE, device.type]
+    recipe += [str(dtype), model.config.to_json_string(), [p[:2] for p in problems]]
+    recipe += filter(None, [pick_instruction(run, tokenizer)])
+    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    folder = Path("runs", "warm_start", name)
+    if folder.is_dir():
+        say(f"warm start: {folder}, made earlier")
+        return folder
+
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    others = [p for n, p in model.named_parameters() if n not in matrices]
+    optimizers = [
+        torch.optim.Muon(matrices.values(), lr=0.03, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=5e-3, weight_decay=0.0),
+    ]
+    schedules = [get_linear_schedule_with_warmup(o, 20, run.warm_start_steps) for o in optimizers]
+    for step in (bar := tqdm(range(run.warm_start_steps), "warm start", unit="step")):
+        samples = imitation_batch(run, tokenizer, problems, step)
+        total, loss_sum = sum(len(s.ids) for s in samples), 0.0
+        for micro in micro_batches(samples, compute.training_tokens):
+            loss = -token_logprobs(model, collate(micro, device), compute=compute).sum() / total
+            loss.backward()
+            loss_sum += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(Path("runs", ".warm_start.lock")):  # held only while one is saved
+        for left in folder.parent.glob(".*"):  # by one that was killed while it saved
+            shutil.rmtree(left)
+        if not folder.is_dir():
+            with new_folder(folder) as tmp:
+                model.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp)
+    return folder
+
+
+def load_policy(source: str | Path, device):
+    """(model, tokenizer) from a Hugging Face folder or hub id, with fp32 weights, whatever they are
+    stored in. Weights are safetensors, and no code of the model's own is run.
+
+    The model stays in eval mode: with dropout on, old and new log-probs would be those of two
+    different networks. Of its generation_config only the ids that end an answer are kept: the rest
+    shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
+    lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat
+    template that does not work or weights that are not finite, or whose logits are more than
+    lm_head(hidden state), which `token_logprobs` would not see.
+    """
+    local = Path(source).is_dir()
+    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
+    options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+            raise ValueError(f"{config.model_type} is not a text-only decoder")
+        if any(isinstance(layer, StateLayer) for layer in DynamicCache(config=config).layers):
+            raise ValueError(f"{config.model_type} keeps a state, which sampling cannot share")
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no end-of-text token")
+        part = "chat template"
+        user_turn(tokenizer, "1+1")
+        part = "weights"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+        if info["mismatched_keys"]:  # transformers would make them up at random, as it would
+            name, stored, wanted = min(info["mismatched_keys"])
+            raise ValueError(f"{name} is {[*stored]}, by config.json {[*wanted]}")
+        if info["missing_keys"]:  # these
+            raise ValueError(f"there is no {min(info['missing_keys'])}")
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError("the tokenizer has more tokens than the model has embeddings")
+    except Exception as error:
+        where = "" if local else "no such folder here; as a hub id: "
+        reason = f"{where}cannot load its {part} ({one_line(error)})"
+        if local and part == "config.json" and Path(source, "checkpoint").is_dir():
+            reason = f"a run, not a model; --model {Path(source, 'checkpoint')} is what it trained"
+        raise BadInput(f"--model {source}: {reason}") from None
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(model, tokenizer)))
+    model = model.to(device).eval()
+    try:
+        check_forward(model)
+    except ValueError as error:
+        raise BadInput(f"--model {source}: {config.model_type} {error}") from None
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_forward(model) -> None:
+    """Raises ValueError unless the model computes what `sample` and `token_logprobs` take it to."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, 8)
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1, 8, H)
+    logits, head = model(ids).logits, model.get_output_embeddings()  # (1, 8, V)
+
+    def same(x: Tensor, y: Tensor, tolerance=1e-4) -> bool:
+        return bool((x - y).abs().max() <= tolerance * y.abs().max())
+
+    if not same(model.base_model(ids[:, :4], use_cache=False).last_hidden_state, hidden[:, :4]):
+        raise ValueError("lets tokens see later ones; not a causal language model")
+    if not same(head(hidden), logits, 1e-5):
+        raise ValueError("rescales or caps its logits; not supported here")
+    cache = DynamicCache(config=model.config)
+    for part in (ids[:, :4], ids[:, 4:]):
+        cached = model.base_model(part, use_cache=True, **{cache_keyword(model): cache})
+    if not same(cached.last_hidden_state, hidden[:, 4:]):
+        raise ValueError("loses its context where keys and values are kept")
+
+
+def no_dropout(model) -> None:
+    """Some layers apply dropout themselves in training mode, and recomputing puts them in it."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def eos_ids(model, tokenizer) -> set[int]:
+    """Every id that ends an answer: the tokenizer's, and those of the checkpoint's configs."""
+    ids = {tokenizer.eos_token_id}
+    for config in (model.generation_config, model.config):
+        listed = getattr(config, "eos_token_id", None)
+        ids |= set(listed if isinstance(listed, list) else [listed])
+    return ids - {None}
+
+
+def window(model) -> int:
+    """Positions the model can see, prompt and answer together."""
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def count_parameters(model) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+@torch.no_grad()
+def token_bytes(model, compute: Compute = Compute()) -> int:
+    """Bytes of keys and values that a model keeps for each token, measured."""
+    cache = KeyValues(config=model.config)
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    with compute.autocast(model.device):
+        model.base_model(ids, use_cache=True, **{cache_keyword(model): cache})
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // 4
+
+
+def free_memory(device) -> int | None:
+    """Bytes that tensors can still take on a GPU; None for a CPU."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+def sampling_tokens(free: int | None, parameters: int, token_bytes: int) -> int:
+    """How many tokens to sample from at once on a device with `free` bytes left beside the weights;
+    65,536 on a CPU (None), where more would be no faster.
+
+    Gradients and AdamW's two moments will take 12 bytes a parameter. Half of what then remains is
+    for keys and values, `token_bytes` a token; the other half for copies of them, which growing
+    takes, for activations and for logits.
+    """
+    return 1 << 16 if free is None else max(1, (free - 12 * parameters) // 2 // token_bytes)
+
+
+def training_tokens(device) -> int:
+    """What to compute at once: more tokens than this fall out of a CPU's caches."""
+    return 1 << 11 if device.type == "cpu" else 1 << 14
+
+
+# ----------------------------------------------------------------------------------------- problems
 
 WRONG_FACTS = 0.35  # share of the 180 single-digit facts that the imitated student has wrong
 ERROR_RATE = 0.75  # how often such a fact comes out wrong: one too high, so errors never cancel
@@ -307,6 +983,9 @@ def problem_of(row) -> Problem | str:
     return "needs the texts 'question' and 'answer', or 'problem' and 'solution'"
 
 
+# ------------------------------------------------------------------------------------------ answers
+
+
 def extract_answer(text: str) -> str | None:
     """The final answer as it is written: after the last "####" or in the last \\boxed{}, whichever
     comes later; None if there is neither.
@@ -394,15 +1073,6 @@ def first_wrong_token(ids: list[int], problem: Problem, tokenizer) -> int | None
     return first_difference(ids, solution_ids(tokenizer, problem)) if problem.checkable else None
 
 
-def fact_results(ids: list[int], facts, tokenizer) -> set[int]:
-    """Tokens of an answer to the built-in task in which the result of one of `facts` is stated."""
-    pieces = [tokenizer.decode([id]) for id in ids]
-    lines = re.finditer(r"^(\d+)([+-]\d)=(\d+)", "".join(pieces), re.MULTILINE | re.ASCII)
-    spans = [m.span(3) for m in lines if (int(m[1][-1]), int(m[2])) in facts]
-    begins = [0, *accumulate(map(len, pieces))]
-    return {t for t in range(len(ids)) if any(a <= begins[t] < b for a, b in spans)}
-
-
 def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()) -> list[int]:
     """Index of each step's first token. A step ends after `delimiter`; blank ones do not count.
 
@@ -453,874 +1123,23 @@ def text_lengths(ids: list[int], tokenizer) -> list[int]:
     return lengths
 
 
-def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[bool, float]:
-    """Does the most negative segment hold token `wrong`? And by chance: its share of the tokens.
+# --------------------------------------------------------------------------------------- evaluation
 
-    No negative segment is a miss with chance 0. Of equally negative ones the first counts.
-    """
-    negative = [start for start in starts if advantages[start] < 0]
-    if not negative:
-        return False, 0.0
-    start = min(negative, key=lambda start: advantages[start])
-    end = min([later for later in starts if later > start], default=len(advantages))
-    return start <= wrong < end, (end - start) / len(advantages)
 
-
-def count_hit(counts: dict, problem: Problem, rollout, starts, advantages, tokenizer) -> None:
-    """Add a rollout to the counts of `credit_hit`, if it failed and the task knows where."""
-    wrong = first_wrong_token(rollout.ids, problem, tokenizer)
-    if not rollout.reward and wrong is not None:
-        hit, chance = credit_hit(starts, advantages, wrong)
-        for key, value in dict(failures=1, hits=int(hit), chance=chance).items():
-            counts[key] += value
-
-
-def hit_rates(counts: dict) -> tuple[dict, str]:
-    """What `count_hit` has counted, for summary.json and in words."""
-    if not (failures := counts["failures"]):
-        return {}, ""
-    hit, chance = counts["hits"] / failures, counts["chance"] / failures
-    remark = (
-        f"credit: the most negative segment held the first wrong token in {hit:.0%} of "
-        f"{failures:,} failures (by chance {chance:.0%})\n"
-    )
-    return dict(failures=failures, credit_hit=hit, credit_chance=chance), remark
-
-
-def places_of(rows: list[tuple[list[int], list[int]]], facts, tokenizer) -> str:
-    """What the marked tokens of answers fall on, beside what all tokens do, in words.
-
-    rows: (an answer's ids, the indices marked). facts: `wrong_facts`, or None on other tasks.
-    """
-    counts, kinds = Counter(), ["begin a step", "state what the warm start has learned wrong"]
-    for ids, marked in rows:
-        steps = {*step_starts(ids, tokenizer, "\n", len(ids))}
-        results = fact_results(ids, facts or (), tokenizer)
-        counts.update(marked=len(marked), all=len(ids))
-        for kind, places in zip(kinds, (steps, results)):
-            counts.update({("marked", kind): len(places & {*marked}), ("all", kind): len(places)})
-    shares = [
-        f"{counts['marked', kind] / max(counts['marked'], 1):.0%} {kind} "
-        f"(of all tokens {counts['all', kind] / counts['all']:.0%})"
-        for kind in (kinds[:1] if facts is None else kinds)
-    ]
-    return ", ".join(shares)
-
-
-# ------------------------------------------------------------------------ policy and warm start
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text can be read, and one token that ends an answer."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {char: i for i, char in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    end = "<end>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
-
-
-def encode(tokenizer, text: str) -> list[int]:
-    """Ids of `text` alone; the name of a special token inside it is read as plain text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-INSTRUCTIONS = {  # --data -> what --prompt auto asks of a model; a file's is GSM8K's
-    "sums": "Add up from left to right. Write one step a line and nothing else, in the form\n"
-    "31+4=35\nand after the last step a line with the total, in the form\n#### 35",
-    "gsm8k": "Work this out step by step, each step on a line of its own. Then write one last "
-    "line: #### and the answer as a plain number.",
-    "math": "Reason step by step, each step on a line of its own. Then put the final answer, and "
-    "nothing else, in \\boxed{}.",
-}
-
-
-def instruction(run: RunConfig, tokenizer) -> str:
-    """What stands below each question. The built-in policy learns its form from examples."""
-    own = INSTRUCTIONS.get(run.data, INSTRUCTIONS["gsm8k"])
-    built_in = tokenizer.get_vocab() == build_tokenizer().get_vocab()
-    return {"auto": "" if built_in else own, "none": ""}.get(run.prompt, run.prompt)
-
-
-MARK = "2718281828"  # stands in a chat template for the text: templates trim or escape, not this
-
-
-def user_turn(tokenizer, text: str) -> list[int]:
-    """Ids of `text` as the user's message, up to where the reply begins: in the chat template if
-    there is one, else with a line break behind.
-
-    The template may hold control tokens; their names inside `text` are read as plain text. In front
-    stands one bos if the tokenizer puts one before any text, whatever the template does.
-    """
-    before, after = "", "\n"
-    if tokenizer.chat_template:
-        chat = [dict(role="user", content=MARK)]
-        shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        if MARK in shown:
-            (before, _, after), text = shown.partition(MARK), text.strip()
-
-    def read(part: str) -> list[int]:
-        return tokenizer(part, add_special_tokens=False).input_ids
-
-    if encode(tokenizer, text) == read(text):  # as a whole, for tokens may span the seams
-        ids = read(before + text + after)
-    else:
-        ids = [*read(before), *encode(tokenizer, text), *read(after)]
-    start = tokenizer("").input_ids[:1]
-    return start + ids if start == [tokenizer.bos_token_id] != ids[:1] else ids
-
-
-def prompt_ids(tokenizer, problem: Problem) -> list[int]:
-    """Ids of a question and, if a run has hung one on the tokenizer, the instruction below it."""
-    texts = problem.question, getattr(tokenizer, "instruction", "")
-    return user_turn(tokenizer, "\n\n".join(filter(None, texts)))
-
-
-def initial_state(tokenizer, problem: Problem) -> tuple[list[int], list[int], str]:
-    """(prompt ids, answer ids so far, true answer): what `complete` goes on from."""
-    return prompt_ids(tokenizer, problem), [], problem.answer
-
-
-def solution_ids(tokenizer, problem: Problem) -> list[int]:
-    return [*encode(tokenizer, problem.solution), tokenizer.eos_token_id]
-
-
-def build_policy(vocab_size: int) -> LlamaForCausalLM:
-    """A Llama of 0.4 M parameters: room for the table of facts, and quick on two CPU cores. One
-    key-value head for four query heads keeps small the cache that sampling reads at every token."""
-    config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=336, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=2048,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def imitation_batch(run: RunConfig, tokenizer, problems: list[Problem], step: int):
-    """What the policy is to imitate, list[Sample]: on the built-in task the mistaken student's
-    work on 64 new sums, on a file the solutions of 8 problems, which are about as many tokens."""
-    if problems[0].checkable:
-        facts, indices = wrong_facts(run.seed), range(step * 64, (step + 1) * 64)
-        questions = [make_sum(run.seed, "train", i, run.terms).question for i in indices]
-        students = [random.Random(f"{run.seed}-student-{i}") for i in indices]
-        texts = [solve_sum(question, facts, rng) for question, rng in zip(questions, students)]
-        batch = [Problem(question, text, "") for question, text in zip(questions, texts)]
-    else:
-        batch = batch_at(problems, step, 8, f"{run.seed}-warm")
-    return [Sample(prompt_ids(tokenizer, p), solution_ids(tokenizer, p)) for p in batch]
-
-
-def warm_start(run: RunConfig, problems: list[Problem], device, dtype) -> Path:
-    """Folder of the built-in policy after supervised training; made once, then shared and reused.
-
-    Muon on the matrices and AdamW on the rest learn the task several times faster than AdamW alone.
-    The folder's name hashes all that shapes the result, and it appears by one rename, so a killed
-    warm start leaves none. Two runs may make the same one at once: what the first saves is kept.
-    """
-    if dtype == torch.float16 or device.type == "cpu":  # no loss scaler here; bf16 is slow there
-        dtype = torch.float32
-    tokenizer = build_tokenizer()
-    tokenizer.instruction = instruction(run, tokenizer)
-    torch.manual_seed(run.seed)
-    model = build_policy(len(tokenizer)).to(device)
-    model.compute_dtype = dtype
-    recipe = [run.seed, run.terms, run.warm_start_steps, WRONG_FACTS, ERROR_RATE, device.type]
-    recipe += [str(dtype), model.config.to_json_string(), [p[:2] for p in problems]]
-    recipe += filter(None, [tokenizer.instruction])
-    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    folder = Path("runs", "warm_start", name)
-    if folder.is_dir():
-        say(f"warm start: {folder}, made earlier")
-        return folder
-
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
-    others = [p for n, p in model.named_parameters() if n not in matrices]
-    optimizers = [
-        torch.optim.Muon(matrices.values(), lr=0.03, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=5e-3, weight_decay=0.0),
-    ]
-    schedules = [get_linear_schedule_with_warmup(o, 20, run.warm_start_steps) for o in optimizers]
-    for step in (bar := tqdm(range(run.warm_start_steps), "warm start", unit="step")):
-        samples = imitation_batch(run, tokenizer, problems, step)
-        total, loss_sum = sum(len(s.ids) for s in samples), 0.0
-        for micro in micro_batches(samples, training_tokens(device)):
-            loss = -token_logprobs(model, collate(micro, device)).sum() / total
-            loss.backward()
-            loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(Path("runs", ".warm_start.lock")):  # held only while one is saved
-        for left in folder.parent.glob(".*"):  # by one that was killed while it saved
-            shutil.rmtree(left)
-        if not folder.is_dir():
-            with new_folder(folder) as tmp:
-                model.save_pretrained(tmp)
-                tokenizer.save_pretrained(tmp)
-    return folder
-
-
-def load_policy(source: str | Path, device, dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) from a Hugging Face folder or hub id: fp32 weights, whatever they are
-    stored in, and forward passes in `dtype`. Weights are safetensors, and no code of the model's
-    own is run.
-
-    The model stays in eval mode: with dropout on, old and new log-probs would be those of two
-    different networks. Of its generation_config only the ids that end an answer are kept: the rest
-    shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
-    lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat
-    template that does not work or weights that are not finite, or whose logits are more than
-    lm_head(hidden state), which `token_logprobs` would not see.
-    """
-    local = Path(source).is_dir()
-    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
-    options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
-            raise ValueError(f"{config.model_type} is not a text-only decoder")
-        if any(isinstance(layer, StateLayer) for layer in DynamicCache(config=config).layers):
-            raise ValueError(f"{config.model_type} keeps a state, which sampling cannot share")
-        part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("it has no end-of-text token")
-        part = "chat template"
-        user_turn(tokenizer, "1+1")
-        part = "weights"
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-        if info["mismatched_keys"]:  # transformers would make them up at random, as it would
-            name, stored, wanted = min(info["mismatched_keys"])
-            raise ValueError(f"{name} is {[*stored]}, by config.json {[*wanted]}")
-        if info["missing_keys"]:  # these
-            raise ValueError(f"there is no {min(info['missing_keys'])}")
-        for name, weight in model.named_parameters():
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} is not finite")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise ValueError("the tokenizer has more tokens than the model has embeddings")
-    except Exception as error:
-        where = "" if local else "no such folder here; as a hub id: "
-        reason = f"{where}cannot load its {part} ({one_line(error)})"
-        if local and part == "config.json" and Path(source, "checkpoint").is_dir():
-            reason = f"a run, not a model; --model {Path(source, 'checkpoint')} is what it trained"
-        raise BadInput(f"--model {source}: {reason}") from None
-    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids(model, tokenizer)))
-    model = model.to(device).eval()
-    try:
-        check_forward(model)
-    except ValueError as error:
-        raise BadInput(f"--model {source}: {config.model_type} {error}") from None
-    model.compute_dtype = dtype
-    return model, tokenizer
-
-
-@torch.no_grad()
-def check_forward(model) -> None:
-    """Raises ValueError unless the model computes what `sample` and `token_logprobs` take it to."""
-    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # (1, 8)
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1, 8, H)
-    logits, head = model(ids).logits, model.get_output_embeddings()  # (1, 8, V)
-
-    def same(x: Tensor, y: Tensor, tolerance=1e-4) -> bool:
-        return bool((x - y).abs().max() <= tolerance * y.abs().max())
-
-    if not same(model.base_model(ids[:, :4], use_cache=False).last_hidden_state, hidden[:, :4]):
-        raise ValueError("lets tokens see later ones; not a causal language model")
-    if not same(head(hidden), logits, 1e-5):
-        raise ValueError("rescales or caps its logits; not supported here")
-    cache = DynamicCache(config=model.config)
-    for part in (ids[:, :4], ids[:, 4:]):
-        cached = model.base_model(part, use_cache=True, **{cache_keyword(model): cache})
-    if not same(cached.last_hidden_state, hidden[:, 4:]):
-        raise ValueError("loses its context where keys and values are kept")
-
-
-def cache_keyword(model) -> str:
-    """The name that the installed transformers has for keys and values kept from earlier tokens.
-
-    By the model's signature: many models swallow a keyword that they do not know, and would go on
-    without their context. Raises ValueError for a model that takes none.
-    """
-    known = inspect.signature(model.base_model.forward).parameters
-    for name in ("cache", "past_key_values"):
-        if name in known:
-            return name
-    raise ValueError("keeps no keys and values")
-
-
-def no_dropout(model) -> None:
-    """Some layers apply dropout themselves in training mode, and recomputing puts them in it."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def eos_ids(model, tokenizer) -> set[int]:
-    """Every id that ends an answer: the tokenizer's, and those of the checkpoint's configs."""
-    ids = {tokenizer.eos_token_id}
-    for config in (model.generation_config, model.config):
-        listed = getattr(config, "eos_token_id", None)
-        ids |= set(listed if isinstance(listed, list) else [listed])
-    return ids - {None}
-
-
-def window(model) -> int:
-    """Positions the model can see, prompt and answer together."""
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
-
-
-def autocast(model) -> torch.autocast:
-    """One precision for sampling, old and new log-probs. Entered anew for each call, because inside
-    one context autocast keeps its low-precision copies of weights that have since been updated."""
-    dtype = getattr(model, "compute_dtype", torch.float32)
-    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
-
-
-def loss_scaler(model) -> torch.amp.GradScaler:
-    """The policy's own: fp16 has too few small numbers for gradients, so the loss is scaled up, and
-    they are scaled down again; a step that overflowed is left out. Idle in other dtypes."""
-    if not hasattr(model, "scaler"):
-        fp16 = getattr(model, "compute_dtype", torch.float32) == torch.float16
-        device = next(model.parameters()).device.type
-        model.scaler = torch.amp.GradScaler(device, enabled=fp16)
-    return model.scaler
-
-
-# ------------------------------------------------------------------------------------- sampling
-
-LIMITS = dict(sampling_tokens=1 << 16, training_tokens=1 << 11)  # of a run: `set_up` changes them
-
-
-def sampling_tokens(free: int | None, parameters: int, token_bytes: int) -> int:
-    """How many tokens to sample from at once on a device with `free` bytes left beside the weights;
-    65,536 on a CPU (None), where more would be no faster.
-
-    Gradients and AdamW's two moments will take 12 bytes a parameter. Half of what then remains is
-    for keys and values, `token_bytes` a token; the other half for copies of them, which growing
-    takes, for activations and for logits.
-    """
-    return 1 << 16 if free is None else max(1, (free - 12 * parameters) // 2 // token_bytes)
-
-
-def count_parameters(model) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
-def free_memory(device) -> int | None:
-    """Bytes that tensors can still take on a GPU; None for a CPU."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return None
-
-
-@torch.no_grad()
-def token_bytes(model) -> int:
-    """Bytes of keys and values that a model keeps for each token, measured."""
-    cache = KeyValues(config=model.config)
-    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    with autocast(model):
-        model.base_model(ids, use_cache=True, **{cache_keyword(model): cache})
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // 4
-
-
-class KeyValues(DynamicCache):
-    """transformers' cache, in the dtype that attention computes in under autocast: rotated keys are
-    fp32, take twice the memory, and would be rounded again, all of them, for every token."""
-
-    def update(self, keys, values, *args, **options):
-        if torch.is_autocast_enabled(keys.device.type):
-            dtype = torch.get_autocast_dtype(keys.device.type)
-            keys, values = keys.to(dtype), values.to(dtype)
-        return super().update(keys, values, *args, **options)
-
-
-def slow_bar(label: str, total: int, unit: str) -> tqdm:
-    """A bar for part of a step, which shows up only where that part takes seconds."""
-    return tqdm(desc=f"  {label}", total=total, unit=unit, leave=False, delay=3)
-
-
-@dataclass
-class Rollout:
-    prompt: list[int]
-    ids: list[int]  # sampled ids, the end token included if there is one
-    finished: bool  # False: cut by its budget, so without an end token
-    reward: float = 0.0
-
-
-def sample(
-    model,
-    prefixes: list[list[int]],
-    n: int = 1,
-    *,
-    max_new_tokens: int | list[int],
-    eos: set[int],
-    temperature: float = 1.0,
-    greedy: bool = False,
-    generator: torch.Generator | None = None,
-    max_tokens: int | None = None,
-    bar: str = "sampling",
-) -> list[Rollout]:
-    """`n` continuations of each prefix, prefix-major. Equal prefixes are drawn independently.
-
-    max_new_tokens: one budget, or one per prefix. max_tokens bounds memory: a batch's rollouts
-    times its longest prefix and budget (--sampling_tokens if None). bar: what to call it if it
-    takes long. Draws from softmax(logits / temperature) over the whole vocabulary, whatever the
-    checkpoint's generation_config says: the sampled policy is the scored one. Raises ValueError for
-    an empty prefix, n < 1, a temperature that is not above 0, a number of budgets that is not one
-    per prefix, or more positions than the model has.
-    """
-    one = isinstance(max_new_tokens, int)
-    budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)
-    if n < 1 or not (greedy or temperature > 0) or len(budgets) != len(prefixes):
-        raise ValueError("need n >= 1, a temperature above 0, and one budget or one per prefix")
-    if any(not p or b < 0 or len(p) + b > window(model) for p, b in zip(prefixes, budgets)):
-        raise ValueError(f"a prefix is empty, or longer with its budget than {window(model)}")
-    rollouts = [Rollout(list(prefix), [], False) for prefix in prefixes for _ in range(n)]
-    budgets = [budget for budget in budgets for _ in range(n)]
-    # Prefixes of like length go together, so that little is padded. One without budget is done.
-    queue = [i for i, budget in enumerate(budgets) if budget]
-    queue.sort(key=lambda i: len(rollouts[i].prompt))
-    was_training, max_tokens = model.training, max_tokens or LIMITS["sampling_tokens"]
-    model.eval()
-    done = slow_bar(bar, len(queue), "answer")
-    try:
-        while queue:
-            lengths = (len(rollouts[i].prompt) + budgets[i] for i in queue)
-            longest = accumulate(lengths, max)  # of the first, the first two, ...: ascending
-            fits = [size for size, length in enumerate(longest, 1) if size * length <= max_tokens]
-            size = max(fits, default=1)
-            chosen, queue = queue[:size], queue[size:]
-            batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
-            with autocast(model):
-                # inference_mode is faster, but in it autocast casts every weight at every token.
-                low = torch.is_autocast_enabled(model.device.type)
-                with torch.no_grad() if low else torch.inference_mode():
-                    decode(model, *batch, eos, temperature, greedy, generator, done)
-    finally:
-        done.close()
-        model.train(was_training)
-    return rollouts
-
-
-def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
-    """Extend the R `rollouts` in place, as one batch, a token at a time until all have ended, as
-    `bar` shows.
-
-    Rollouts of one prefix that have drawn the same tokens so far have the same distribution of the
-    next, so they share a row of the forward pass, from which each draws its own: S rows for S
-    distinct texts. A prefix is prefilled once, and its continuations are computed apart only from
-    where they part.
-    """
-    device = model.device
-    distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
-    width = max(map(len, distinct))
-    # Padded on the left, all rows get their next token in the same column; positions count from
-    # each row's first real token.
-    padding = [[0] * (width - len(prefix)) for prefix in distinct]
-    ids = torch.tensor([[*pad, *p] for pad, p in zip(padding, distinct)], device=device)  # (S, L)
-    mask = torch.tensor([[*pad, *[1] * len(p)] for pad, p in zip(padding, distinct)], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)  # (S, L)
-    cache, cached = KeyValues(config=model.config), cache_keyword(model)
-
-    def forward(ids, mask, position) -> Tensor:  # the last column's hidden state, (S, H)
-        options = {"attention_mask": mask, "position_ids": position, cached: cache}
-        return model.base_model(ids, **options, use_cache=True).last_hidden_state[:, -1]
-
-    hidden, position = forward(ids, mask, position), position[:, -1:]  # (S, H), (S, 1)
-    if cache.get_seq_length() != width:
-        raise RuntimeError(f"{type(model).__name__} has kept no keys and values of its prompts")
-    number = {prefix: i for i, prefix in enumerate(distinct)}
-    row = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,) in 0..S-1
-    live = list(zip(rollouts, budgets))
-    vocab = model.get_output_embeddings().weight.shape[0]
-    while True:
-        parts = row.split(max(1, MAX_LOGITS // vocab))
-        drawn = [draw(model, hidden, part, temperature, greedy, generator) for part in parts]
-        token = torch.cat(drawn)  # (R,)
-        for (rollout, _), id in zip(live, token.tolist()):
-            rollout.ids.append(id)
-            rollout.finished = id in eos
-        going = [not r.finished and len(r.ids) < budget for r, budget in live]
-        if not all(going):
-            live = [entry for entry, goes in zip(live, going) if goes]
-            bar.update(len(going) - len(live))
-            if not live:
-                return
-            row, token = row[going], token[going]
-        # The new rows: every pair of an old one and a token that somebody drew from it.
-        pair, row = torch.unique(row * vocab + token, return_inverse=True)  # (S,), (R,)
-        parent, token = pair // vocab, pair % vocab  # (S,)
-        if not torch.equal(parent, torch.arange(len(mask), device=device)):
-            cache.batch_select_indices(parent)
-            mask, position = mask[parent], position[parent]
-        mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        hidden = forward(token[:, None], mask, position)  # (S, H)
-
-
-def draw(model, hidden, row, temperature, greedy, generator) -> Tensor:
-    """(R,) the next token of each rollout. hidden: (S, H) states before it; row: (R,) the one of
-    each rollout."""
-    rows, row = torch.unique(row, return_inverse=True)  # without those of other parts
-    logits = head_logits(model, hidden[rows])  # (S, V)
-    if greedy:
-        return logits.argmax(-1)[row]
-    # Inverse CDF: one random number a rollout; torch.multinomial draws one for every id.
-    exact = exact_dtype(logits.device)
-    cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)[row]  # (R, V)
-    u = torch.rand(len(cdf), 1, dtype=exact, device=cdf.device, generator=generator)
-    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
-    return token.clamp(max=cdf.shape[1] - 1)
-
-
-def exact_dtype(device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
-
-
-def head_logits(model, hidden: Tensor) -> Tensor:
-    """(N, V) logits of hidden states (N, H), in fp32 whatever the autocast dtype: bf16 has three
-    digits, and where logits are about 20 it would move log-probs by more than a small update."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden.float())
-
-
-# -------------------------------------------------------------------------------------- scoring
-
-
-@dataclass
-class Sample:
-    """What is trained on: `ids` after `context`, which carries neither gradient nor advantage."""
-
-    context: list[int]
-    ids: list[int]
-    advantages: list[float] | None = None  # one per trained id
-    old_logprobs: list[float] | None = None  # under the policy that sampled, one per trained id
-
-
-class Batch(NamedTuple):
-    input_ids: Tensor  # (B, L) context and trained ids, right-padded
-    context_lens: Tensor  # (B,)
-    targets: Tensor  # (B, T) the trained ids
-    mask: Tensor  # (B, T) bool, True where a trained id stands
-    advantages: Tensor  # (B, T) 0 outside the mask
-    old_logprobs: Tensor  # (B, T) 0 outside the mask
-
-
-def collate(samples: list[Sample], device="cpu") -> Batch:
-    """Right-pad samples to one batch; masks come from lengths, never from token values."""
-    if any(not s.context or not s.ids for s in samples):
-        raise ValueError("every sample needs a context to predict from, and an id to train")
-
-    def pad(rows, dtype) -> Tensor:
-        return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], True).to(device)
-
-    return Batch(
-        input_ids=pad([[*s.context, *s.ids] for s in samples], torch.long),
-        context_lens=torch.tensor([len(s.context) for s in samples], device=device),
-        targets=pad([s.ids for s in samples], torch.long),
-        mask=pad([[True] * len(s.ids) for s in samples], torch.bool),
-        advantages=pad([s.advantages or [0.0] * len(s.ids) for s in samples], torch.float),
-        old_logprobs=pad([s.old_logprobs or [0.0] * len(s.ids) for s in samples], torch.float),
-    )
-
-
-MAX_LOGITS = 1 << 25  # elements in one chunk's logits: 128 MiB in fp32, whatever the vocabulary
-
-
-def token_logprobs(model, batch: Batch, temperature: float = 1.0, with_entropy: bool = False):
-    """(B, T) log-prob of every trained id at the sampling temperature, fp32, 0 outside the mask.
-
-    The one path for old and new log-probs. Logits exist for trained ids only and a chunk at a
-    time; they and their log-softmax are fp32 whatever the autocast dtype. with_entropy: returns a
-    pair, the second being the policy's entropy at each trained id in nats, (B, T).
-    """
-    # transformers recomputes layers that are in training mode; what is inside them stays out of it,
-    # for there would be dropout.
-    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
-
-    def recompute(on: bool) -> None:
-        for layer in layers:
-            layer.training = on
-
-    def chunk_logprobs(hidden: Tensor, targets: Tensor):  # (N, H), (N,) -> (N,), (N,)
-        logprobs = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V)
-        chosen = logprobs.gather(-1, targets[:, None])[:, 0]
-        return chosen, -(logprobs.exp() * logprobs).sum(-1) if with_entropy else chosen.detach()
-
-    with autocast(model):
-        # Attention is causal and padding stands on the right: no real token sees it, so no mask.
-        recompute(True)
-        hidden = model.base_model(batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
-        recompute(False)
-        row, t = batch.mask.nonzero(as_tuple=True)  # (N,), (N,)
-        hidden = hidden[row, batch.context_lens[row] + t - 1]  # (N, H): the state BEFORE each id
-        size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
-        chunks = list(zip(hidden.split(size), batch.targets[row, t].split(size)))
-        if len(chunks) > 1 and torch.is_grad_enabled():  # forget logits, recompute in the backward
-            parts = [recompute_in_backward(chunk_logprobs, *c, use_reentrant=False) for c in chunks]
-        else:
-            parts = [chunk_logprobs(*chunk) for chunk in chunks]
-    zeros = torch.zeros(batch.mask.shape, device=hidden.device)
-    logprobs, entropy = (zeros.index_put((row, t), torch.cat(part)) for part in zip(*parts))
-    return (logprobs, entropy) if with_entropy else logprobs
-
-
-# --------------------------------------------------------------------------------- shared maths
-
-
-def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
-    """GRPO's advantages (arXiv 2402.03300): rewards (P, G) minus their group's mean and, if
-    `scale`, over its population std.
-
-    An all-equal group gives exact zeros: its rounding error over its tiny std would be a signal
-    out of nothing.
-    """
-    advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
-    if scale:
-        advantages = advantages / rewards.std(1, correction=0, keepdim=True)
-    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
-
-
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of x where mask is True, over all of it or along `dim`; 0 if it is True nowhere."""
-    return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
-
-
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | Tensor):
-    """PPO's objective per action (arXiv 1707.06347, Eq. 7), to be maximised, and where the clip has
-    cut the gradient; all of one shape. log_ratio: log pi(action) - log pi_old(action).
-
-    min() makes the clip one-sided: a positive advantage stops pushing once the ratio is above
-    1 + eps, a negative one once it is below 1 - eps.
-    """
-    ratio = log_ratio.clamp(-10, 10).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    return objective, clipped * advantages < ratio * advantages
-
-
-def k3(log_ratio: Tensor) -> Tensor:
-    """Estimate of KL(p || q) from each token sampled from p, with log_ratio = log q - log p; never
-    negative (J. Schulman, "Approximating KL Divergence", 2020).
-
-    As a penalty on p = pi its value is unbiased on fresh samples, but its gradient is, in
-    expectation, that of KL(q || pi): the samples do not move with pi.
-    """
-    log_ratio = log_ratio.clamp(-10, 10)
-    return log_ratio.exp() - 1 - log_ratio
-
-
-# ----------------------------------------------------------------- optimisation and checkpoints
-
-
-def batch_at(items: list, step: int, size: int, seed) -> list:
-    """Batch number `step` of an endless pass over `items`, reshuffled every epoch. A function of
-    its arguments alone, so an exact resume has nothing to restore."""
-    batch, order = [], None
-    for i in range(step * size, (step + 1) * size):
-        epoch, place = divmod(i, len(items))
-        if order is None or place == 0:
-            order = random.Random(f"{seed}-{epoch}").sample(range(len(items)), len(items))
-        batch.append(items[order[place]])
-    return batch
-
-
-def training_tokens(device) -> int:
-    """What to compute at once: more tokens than this fall out of a CPU's caches."""
-    return 1 << 11 if device.type == "cpu" else 1 << 14
-
-
-def micro_batches(samples: list[Sample], max_tokens: int | None = None) -> Iterator[list[Sample]]:
-    """Samples of like length together, at most `max_tokens` wide x high, but at least one.
-    max_tokens: --training_tokens if None."""
-    micro, max_tokens = [], max_tokens or LIMITS["training_tokens"]
-    label = "updating" if torch.is_grad_enabled() else "scoring"
-    with slow_bar(label, len(samples), "row") as bar:
-        for s in sorted(samples, key=lambda s: len(s.context) + len(s.ids)):
-            if micro and (len(micro) + 1) * (len(s.context) + len(s.ids)) > max_tokens:
-                yield micro
-                bar.update(len(micro))
-                micro = []
-            micro.append(s)
-        if micro:
-            yield micro
-            bar.update(len(micro))
-
-
-@torch.no_grad()
-def score(model, samples: list[Sample], temperature: float) -> float:
-    """Fill in every sample's `old_logprobs`; returns the policy's mean entropy per trained id."""
-    total = 0.0
-    for micro in micro_batches(samples):
-        batch = collate(micro, model.device)
-        logprobs, entropy = token_logprobs(model, batch, temperature, with_entropy=True)
-        total += entropy.sum().item()
-        for s, row in zip(micro, logprobs.tolist()):
-            s.old_logprobs = row[: len(s.ids)]
-    return total / sum(len(s.ids) for s in samples)
-
-
-def backward(model, loss: Tensor) -> None:
-    loss_scaler(model).scale(loss).backward()
-
-
-def optimizer_step(model, optimizer, schedule, loss: float, max_grad_norm: float) -> float:
-    """Clip the gradients, step, clear them; returns their norm before clipping.
-
-    In fp16 gradients overflow now and then: that step is left out, its norm is not finite. Raises
-    FloatingPointError, with the weights as they were, if loss or norm are not finite otherwise.
-    """
-    scaler, some = loss_scaler(model), any(p.grad is not None for p in model.parameters())
-    if some:  # a scaler cannot do without; nothing had a signal
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    overflow = scaler.is_enabled() and scaler.get_scale() > 1
-    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    if some:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
-    optimizer.zero_grad()
-    if math.isfinite(norm):
-        schedule.step()
-    return norm
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder under another name, then rename it: readers find the old one or the new. What
-    was written of one that could not be filled is removed."""
-    tmp = folder.with_name(f".{folder.name}.new")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    tmp.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-LOGS = ("metrics.csv", "samples.txt")  # what grows during a run
-
-
-def save_checkpoint(folder, model, tokenizer, optimizer, schedule, generator, progress, name=""):
-    """checkpoint/ in Hugging Face format, and in it everything that an exact resume needs. Raises
-    OSError, with the last checkpoint as it was, if it cannot be written."""
-    state = dict(progress=progress, generator=generator.get_state())
-    state |= dict(scaler=loss_scaler(model).state_dict())
-    state |= dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-    logs = [folder / log for log in LOGS]
-    state["log_bytes"] = [log.stat().st_size if log.exists() else 0 for log in logs]
-    try:
-        with new_folder(folder / (name or "checkpoint")) as tmp:
-            model.save_pretrained(tmp)
-            tokenizer.save_pretrained(tmp)
-            torch.save(state, tmp / "state.pt")
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
-        left = shutil.disk_usage(folder.parent).free / 1e6
-        reason = f"could not be saved; its disk has {left:,.0f} MB left ({one_line(error)})"
-        raise OSError(f"{folder / (name or 'checkpoint')} {reason}") from None
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """The run's last whole checkpoint. A kill between the renames leaves it under its old name."""
-    for checkpoint in (folder / "checkpoint", folder / ".checkpoint.old"):
-        if checkpoint.exists():
-            return checkpoint
-    raise BadInput(f"{folder} holds no checkpoint")
-
-
-def resume(folder: Path, model, tokenizer, optimizer, schedule, generator) -> dict:
-    """Restore what `save_checkpoint` saved beside the weights, cut off log rows written after it,
-    and return the run's progress."""
-    file = find_checkpoint(folder) / "state.pt"
-    try:
-        state = torch.load(file, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"])
-        loss_scaler(model).load_state_dict(state["scaler"])
-        progress, sizes = state["progress"], [int(size) for size in state["log_bytes"]]
-    except Exception:
-        raise BadInput(f"--resume: {file} is missing or damaged") from None
-    for log, size in zip(LOGS, sizes):
-        if (folder / log).exists():
-            os.truncate(folder / log, size)
-    return progress
-
-
-# ----------------------------------------------------------------------------------- evaluation
-
-
-def mean_stderr(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (nan for a single value)."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
-
-
-def answer_budget(model, prompt: list[int], max_new_tokens: int) -> int:
-    """How long an answer may be: `max_new_tokens`, or what the prompt leaves of the window."""
-    return min(max_new_tokens, window(model) - len(prompt))
-
-
-def response_reward(ids: list[int], finished: bool, answer: str, tokenizer) -> float:
-    """Reward of a whole answer; one that was cut is wrong: "#### 6" could have become 61."""
-    return reward(tokenizer.decode(ids, skip_special_tokens=True), answer) if finished else 0.0
-
-
-def complete(
-    model, tokenizer, states, n: int, max_new_tokens: int, limit: int | None = None, **options
-) -> list[Rollout]:
-    """`n` rewarded completions of each state, state-major.
-
-    A state is (prompt ids, answer ids so far, true answer); its rollouts' `prompt` holds the first
-    two. Budget and reward are those of the whole answer, and one cut by `limit`, the most tokens
-    a completion may add to its state, is as wrong as any that is cut. options: `sample`'s.
-    """
-    prefixes = [[*prompt, *done] for prompt, done, _ in states]
-    rooms = [answer_budget(model, prompt, max_new_tokens) - len(done) for prompt, done, _ in states]
-    rooms = [min(room, limit or room) for room in rooms]
-    stops = eos_ids(model, tokenizer)
-    rollouts = sample(model, prefixes, n, max_new_tokens=rooms, eos=stops, **options)
-    for i, r in enumerate(rollouts):
-        _, done, answer = states[i // n]
-        r.reward = response_reward([*done, *r.ids], r.finished, answer, tokenizer)
-    return rollouts
-
-
-def evaluate(model, tokenizer, problems, samples, max_new_tokens, temperature, seed) -> dict:
+def evaluate(
+    model, tokenizer, problems, samples: int, max_new_tokens: int, temperature: float, seed: int,
+    instruction: str = "", compute: Compute = Compute(),
+) -> dict:  # fmt: skip
     """Accuracy over `problems` with standard errors: sampled (the mean of `samples` answers),
     pass@k (the best of them) and greedy. The errors treat a problem, not an answer, as one draw."""
-    states = [initial_state(tokenizer, problem) for problem in problems]
+    states = [initial_state(tokenizer, problem, instruction) for problem in problems]
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def rewards(n: int, greedy: bool) -> Tensor:  # (problems, n)
-        options = dict(temperature=temperature, greedy=greedy, generator=generator)
-        rollouts = complete(model, tokenizer, states, n, max_new_tokens, **options)
+        rollouts = complete(
+            model, tokenizer, states, n, max_new_tokens, temperature=temperature, greedy=greedy,
+            generator=generator, compute=compute,
+        )  # fmt: skip
         return torch.tensor([r.reward for r in rollouts]).view(-1, n)
 
     sampled, greedy = rewards(samples, False), rewards(1, True)[:, 0]
@@ -1332,13 +1151,92 @@ def evaluate(model, tokenizer, problems, samples, max_new_tokens, temperature, s
     return result
 
 
+def mean_stderr(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for a single value)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
+
+
 def describe(result: dict) -> str:
     labels = dict(accuracy="sampled", pass_at_k=f"pass@{result['k']}", greedy="greedy")
     items = [(label, result[key], result[f"{key}_stderr"]) for key, label in labels.items()]
     return ", ".join(f"{label} {mean:.3f} ± {stderr:.3f}" for label, mean, stderr in items)
 
 
-# ------------------------------------------------------------- command line, run log and display
+# ------------------------------------------------------------------------ settings and command line
+
+
+def arg(default, help: str, low: float | None = None, above=None, high: float = 1e6):
+    """A dataclass field that the command line documents. Numbers have to be at least `low`, or
+    more than `above`, and at most `high`, which is there to catch a slip of the finger."""
+    metadata = dict(help=help, low=low, above=above, high=high)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(config) -> None:
+    """Raises BadInput for a number of a dataclass that is outside the bounds of its `arg`."""
+    for setting in fields(config):
+        low, above, high = (setting.metadata[key] for key in ("low", "above", "high"))
+        value = getattr(config, setting.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (str, bool)):
+                continue
+            wrong = f"--{setting.name} {number}: must be"
+            if low is not None and not number >= low:  # nor is nan
+                raise BadInput(f"{wrong} at least {low}")
+            if above is not None and not number > above:
+                raise BadInput(f"{wrong} above {above}")
+            if not number <= high:
+                raise BadInput(f"{wrong} at most {high:,.0f}")
+
+
+@dataclass
+class RunConfig:
+    """What a run is about, whatever the algorithm. Each script adds its own Config."""
+
+    name: str = arg("", "the run's folder is runs/<name>; by default the script's name")
+    data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
+    model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
+    prompt: str = arg(
+        "auto", "text below each question; auto: how to answer --data (README); none: nothing"
+    )
+    seed: int = arg(0, "fixes problems, warm start, sampling and order", low=0, high=2**63 - 1)
+    device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "auto: cuda where there is one")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg(
+        "auto", "autocast over fp32 weights; auto: bf16 on cuda (fp16 where it has none), else fp32"
+    )
+    sampling_tokens: int = arg(
+        0, "memory: most tokens that are sampled from at once; 0: by free memory, on a CPU 65,536",
+        low=0, high=1e12,
+    )  # fmt: skip
+    training_tokens: int = arg(
+        0, "memory: most tokens in one pass forward and backward; 0: 16,384, on a CPU 2,048",
+        low=0, high=1e12,
+    )  # fmt: skip
+    gradient_checkpointing: bool = arg(False, "memory: layers are computed again going backward")
+    terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less", low=2)
+    warm_start_steps: int = arg(
+        300, "supervised steps that make the built-in policy; 0: none", low=0
+    )
+    eval_problems: int = arg(500, "held-out problems per evaluation", low=1)
+    eval_samples: int = arg(
+        4, "answers sampled to each: accuracy is their mean, pass@k their best", low=1
+    )
+    eval_every: int = arg(0, "evaluate every so many steps too; 0: only before and after", low=0)
+    show_every: int = arg(10, "show an answer with its credit every so many steps; 0: never", low=0)
+    save_every: int = arg(10, "checkpoint every so many steps, and after the last", low=1)
+    tiny: bool = arg(False, "a whole small experiment in half a minute: other defaults")
+    resume: bool = arg(False, "continue runs/<name> from its checkpoint")
+    eval_only: bool = arg(False, "evaluate --model, or else runs/<name>, and write nothing")
+
+    def __post_init__(self):
+        check_bounds(self)
+        if not re.fullmatch(r"[\w-][\w.-]{0,98}|", self.name) or self.name == "warm_start":
+            raise BadInput(
+                f"--name {self.name!r}: up to 99 letters, digits, '.', '_', '-', the first no dot"
+            )
 
 
 LARGE = dict(  # defaults of every script for a model that others have trained
@@ -1434,17 +1332,87 @@ def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
     return torch.device(device), DTYPES[dtype]
 
 
-MEMORY = (*LIMITS, "gradient_checkpointing")  # settings that a resumed run may change
+# ------------------------------------------------------------------------- a run: set-up, loop, log
 
 
-def configuration(cfg, run: RunConfig) -> dict:
-    """What config.json holds: every setting that shapes the run."""
-    settings = {**vars(cfg), **vars(run)}
-    return {key: settings[key] for key in settings if key not in ("resume", "eval_only")}
+class Setup(NamedTuple):
+    cfg: object  # the script's Config
+    run: RunConfig
+    folder: Path  # runs/<name>
+    lock: filelock.BaseFileLock | None  # held as long as this is kept
+    train: list[Problem]
+    problems: str  # fingerprint of these and of those held out
+    model: object
+    tokenizer: object
+    instruction: str  # below each question
+    compute: Compute
+    evaluate: object  # evaluate(): held-out accuracy of the model as it then is
 
 
-def fingerprint(problems: list[Problem]) -> str:
-    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:12]
+def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline) -> Setup:
+    """What every script begins with; --eval_only ends here.
+
+    headline(cfg, train): what the run will do, in words; it may raise BadInput for these problems.
+    Raises BadInput for what cannot work, before the warm start and before anything is written.
+    """
+    cfg, run = parse_args(config_class, script, description, tiny, large)
+    device, dtype = pick_device(run)
+    run = replace(
+        run, device=device.type, dtype=next(name for name in DTYPES if DTYPES[name] == dtype),
+        training_tokens=run.training_tokens or training_tokens(device),
+    )  # fmt: skip
+    folder = run_folder(cfg, run)
+    train = load_problems(run.data, "train", None, run.seed, run.terms)
+    test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
+    problems = fingerprint(train + test)
+    if run.resume and problems != json.loads((folder / "config.json").read_text())["problems"]:
+        raise BadInput(f"--resume: the problems of --data {run.data} have changed since it began")
+    title = (
+        f"{headline(cfg, train)}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
+        f"on {device} in {str(dtype)[6:]}; files in {folder}/"
+    )
+    if not run.eval_only:
+        say(title)
+    built_in = not (run.model or run.resume or run.eval_only)
+    if built_in:  # all that can be checked before it is made
+        own = build_tokenizer()
+        policy = build_policy(len(own))
+        check_prompts(train + test, own, pick_instruction(run, own), window(policy))
+    # What was made or is to be made here is opened by its owner; a given model that is no good
+    # leaves no trace.
+    lock = claim(folder) if built_in or run.resume else None
+    if built_in:
+        check_disk(folder, policy)
+    model, tokenizer = open_policy(run, folder, train, device, dtype)
+    instruction = pick_instruction(run, tokenizer)
+    if not (built_in or run.resume):  # of these it was known
+        check_prompts(train + test, tokenizer, instruction, window(model))
+    if not run.eval_only:
+        lock = lock or claim(folder)
+        run_folder(cfg, run)  # another run of this name may have begun meanwhile, and ended
+        check_disk(folder, model)
+    compute = Compute(dtype=dtype, training_tokens=run.training_tokens)
+    fitting = sampling_tokens(
+        free_memory(device), count_parameters(model), token_bytes(model, compute)
+    )
+    compute.sampling_tokens = run.sampling_tokens or fitting
+    run = replace(run, sampling_tokens=compute.sampling_tokens)
+    if run.gradient_checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+        no_dropout(model)
+
+    def held_out() -> dict:
+        return evaluate(
+            model, tokenizer, test, samples=run.eval_samples, max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature, seed=run.seed, instruction=instruction, compute=compute,
+        )  # fmt: skip
+
+    if run.eval_only:
+        say(f"{len(test)} held-out problems: {describe(held_out())}")
+        raise SystemExit
+    return Setup(
+        cfg, run, folder, lock, train, problems, model, tokenizer, instruction, compute, held_out
+    )
 
 
 def run_folder(cfg, run: RunConfig) -> Path:
@@ -1464,6 +1432,45 @@ def run_folder(cfg, run: RunConfig) -> Path:
     elif not run.eval_only and (folder.exists() or folder.is_symlink()):
         raise BadInput(f"{folder} exists: pick another --name, --resume it, or delete it")
     return folder
+
+
+MEMORY = ("sampling_tokens", "training_tokens", "gradient_checkpointing")  # may change on resume
+
+
+def configuration(cfg, run: RunConfig) -> dict:
+    """What config.json holds: every setting that shapes the run."""
+    settings = {**vars(cfg), **vars(run)}
+    return {key: settings[key] for key in settings if key not in ("resume", "eval_only")}
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:12]
+
+
+def check_prompts(problems: list[Problem], tokenizer, instruction: str, longest: int) -> None:
+    """Raises BadInput for a prompt that leaves no room for an answer in a window of `longest`."""
+    around = len(prompt_ids(tokenizer, Problem("", "", ""), instruction))
+    for problem in problems:
+        if around + 4 * len(problem.question.encode()) < longest:
+            continue  # no tokenizer makes more of it, and most texts are short
+        if (length := len(prompt_ids(tokenizer, problem, instruction))) >= longest:
+            raise BadInput(
+                f"a prompt of {length} tokens exceeds the model's window of {longest}: "
+                f"{problem.question[:40]!r}..."
+            )
+
+
+def open_policy(run: RunConfig, folder: Path, train: list, device, dtype):
+    """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start."""
+    if run.resume or (run.eval_only and not run.model):
+        source = find_checkpoint(folder)
+    elif run.model:
+        source = run.model
+        if not Path(source).exists():
+            say(f"model: {source}, from the hub or its cache here")
+    else:
+        source = warm_start(run, train, device, dtype)
+    return load_policy(source, device)
 
 
 def claim(folder: Path) -> filelock.BaseFileLock:
@@ -1491,144 +1498,56 @@ def check_disk(folder: Path, model) -> None:
         raise BadInput(f"{folder} needs {room}")
 
 
-def reference_policy(run: RunConfig, train: list[Problem], model):
-    """The policy that the run began with, to stay as it is; `model` is what it has become."""
-    if not run.resume:
-        return copy.deepcopy(model).requires_grad_(False)
-    source = run.model or warm_start(run, train, model.device, model.compute_dtype)
-    return load_policy(source, model.device, model.compute_dtype)[0].requires_grad_(False)
+class Trainer(NamedTuple):
+    """What an update changes, and a checkpoint holds."""
 
-
-def check_prompts(problems: list[Problem], tokenizer, longest: int) -> None:
-    """Raises BadInput for a prompt that leaves no room for an answer in a window of `longest`."""
-    around = len(prompt_ids(tokenizer, Problem("", "", "")))
-    for problem in problems:
-        if around + 4 * len(problem.question.encode()) < longest:
-            continue  # no tokenizer makes more of it, and most texts are short
-        if (length := len(prompt_ids(tokenizer, problem))) >= longest:
-            raise BadInput(
-                f"a prompt of {length} tokens exceeds the model's window of {longest}: "
-                f"{problem.question[:40]!r}..."
-            )
-
-
-def open_policy(run: RunConfig, folder: Path, train: list, device, dtype):
-    """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start."""
-    if run.resume or (run.eval_only and not run.model):
-        source = find_checkpoint(folder)
-    elif run.model:
-        source = run.model
-        if not Path(source).exists():
-            say(f"model: {source}, from the hub or its cache here")
-    else:
-        source = warm_start(run, train, device, dtype)
-    model, tokenizer = load_policy(source, device, dtype)
-    tokenizer.instruction = instruction(run, tokenizer)
-    return model, tokenizer
-
-
-class Setup(NamedTuple):
-    cfg: object  # the script's Config
-    run: RunConfig
-    folder: Path  # runs/<name>
-    lock: filelock.BaseFileLock | None  # held as long as this is kept
-    train: list[Problem]
-    problems: str  # fingerprint of these and of those held out
     model: object
     tokenizer: object
-    evaluate: object  # evaluate(): held-out accuracy of the model as it then is
+    optimizer: torch.optim.Optimizer
+    schedule: object  # of the learning rate
+    scaler: torch.amp.GradScaler  # of the loss
+    generator: torch.Generator  # of all that is sampled
 
 
-def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline) -> Setup:
-    """What every script begins with; --eval_only ends here.
-
-    headline(cfg, train): what the run will do, in words; it may raise BadInput for these problems.
-    Raises BadInput for what cannot work, before the warm start and before anything is written.
-    """
-    cfg, run = parse_args(config_class, script, description, tiny, large)
-    device, dtype = pick_device(run)
-    run.training_tokens = run.training_tokens or training_tokens(device)
-    run.device, run.dtype = device.type, next(name for name in DTYPES if DTYPES[name] == dtype)
-    folder = run_folder(cfg, run)
-    train = load_problems(run.data, "train", None, run.seed, run.terms)
-    test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
-    problems = fingerprint(train + test)
-    if run.resume and problems != json.loads((folder / "config.json").read_text())["problems"]:
-        raise BadInput(f"--resume: the problems of --data {run.data} have changed since it began")
-    title = (
-        f"{headline(cfg, train)}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
-        f"on {device} in {str(dtype)[6:]}; files in {folder}/"
-    )
-    if not run.eval_only:
-        say(title)
-    built_in = not (run.model or run.resume or run.eval_only)
-    if built_in:  # all that can be checked before it is made
-        own = build_tokenizer()
-        own.instruction = instruction(run, own)
-        policy = build_policy(len(own))
-        check_prompts(train + test, own, window(policy))
-    # What was made or is to be made here is opened by its owner; a given model that is no good
-    # leaves no trace.
-    lock = claim(folder) if built_in or run.resume else None
-    if built_in:
-        check_disk(folder, policy)
-    model, tokenizer = open_policy(run, folder, train, device, dtype)
-    if not (built_in or run.resume):  # of these it was known
-        check_prompts(train + test, tokenizer, window(model))
-    if not run.eval_only:
-        lock = lock or claim(folder)
-        run_folder(cfg, run)  # another run of this name may have begun meanwhile, and ended
-        check_disk(folder, model)
-    run.sampling_tokens = run.sampling_tokens or sampling_tokens(
-        free_memory(device), count_parameters(model), token_bytes(model)
-    )
-    LIMITS.update({key: getattr(run, key) for key in LIMITS})
-    if run.gradient_checkpointing:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
-        no_dropout(model)
-
-    def held_out() -> dict:
-        size, temperature = (run.eval_samples, cfg.max_new_tokens), cfg.temperature
-        return evaluate(model, tokenizer, test, *size, temperature, run.seed)
-
-    if run.eval_only:
-        say(f"{len(test)} held-out problems: {describe(held_out())}")
-        raise SystemExit
-    return Setup(cfg, run, folder, lock, train, problems, model, tokenizer, held_out)
+def make_trainer(setup: Setup, optimizer, schedule) -> Trainer:
+    device = setup.model.device
+    return Trainer(
+        model=setup.model, tokenizer=setup.tokenizer, optimizer=optimizer, schedule=schedule,
+        scaler=loss_scaler(device, setup.compute.dtype),
+        generator=torch.Generator(device).manual_seed(setup.run.seed),
+    )  # fmt: skip
 
 
-def start_run(setup: Setup, *checkpoint) -> None:
-    """Make the run's folder, with its first checkpoint in it. It appears whole or not at all."""
-    with new_folder(setup.folder) as tmp:
-        settings = configuration(setup.cfg, setup.run) | dict(problems=setup.problems)
-        (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        save_checkpoint(tmp, *checkpoint)
-
-
-def begin(setup: Setup, trainer: tuple, **counts) -> dict:
-    """The run's progress: where it stopped, or at its start, with `counts` in it and all saved.
-
-    trainer: (model, tokenizer, optimizer, schedule, generator), what a checkpoint holds.
-    """
+def begin(setup: Setup, trainer: Trainer, **counts) -> dict:
+    """The run's progress: where it stopped, or at its start, with `counts` in it and all saved."""
     if setup.run.resume:
-        progress = resume(setup.folder, *trainer)
+        progress = resume(setup.folder, trainer)
     else:
         before = setup.evaluate()
         progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=before, **counts)
-        start_run(setup, *trainer, progress)
+        start_run(setup, trainer, progress)
     say(f"before: {describe(progress['before'])}")
     return progress
 
 
-def training_steps(folder: Path, run: RunConfig, steps: int, trainer: tuple, progress: dict):
+def start_run(setup: Setup, trainer: Trainer, progress: dict) -> None:
+    """Make the run's folder, with its first checkpoint in it. It appears whole or not at all."""
+    with new_folder(setup.folder) as tmp:
+        settings = configuration(setup.cfg, setup.run) | dict(problems=setup.problems)
+        (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        save_checkpoint(tmp, trainer, progress)
+
+
+def training_steps(setup: Setup, trainer: Trainer, progress: dict):
     """Iterates over (step, progress bar) of the steps still to do; after each, saves if it is time
     to. Ctrl-C or SIGTERM ends the run after the step it comes in, with exit code 130 or 143."""
+    folder, run, steps = setup.folder, setup.run, setup.cfg.steps
     stop, done = StopRequest(), progress["step"]
     for step in (bar := tqdm(range(done, steps), "training", steps, initial=done)):
         yield step, bar
         progress["step"] = step + 1
         if (step + 1) % run.save_every == 0 or step + 1 == steps or stop.signal:
-            save_checkpoint(folder, *trainer, progress)
+            save_checkpoint(folder, trainer, progress)
         if stop.signal:
             bar.close()
             say(f"saved after step {step + 1} in {folder}/; --resume continues")
@@ -1637,40 +1556,27 @@ def training_steps(folder: Path, run: RunConfig, steps: int, trainer: tuple, pro
 
 
 @contextmanager
-def saved_if_not_finite(folder: Path, step: int, trainer: tuple, progress: dict) -> Iterator[None]:
+def saved_if_not_finite(
+    setup: Setup, step: int, trainer: Trainer, progress: dict
+) -> Iterator[None]:
     """A loss or gradient that is not finite stops the run; its state goes beside the checkpoint."""
     try:
         yield
     except FloatingPointError as error:
-        save_checkpoint(folder, *trainer, progress, "failed")
-        stopped = f"step {step + 1}: {error}; stopped, with its state in {folder}/failed"
+        save_checkpoint(setup.folder, trainer, progress, name="failed")
+        stopped = f"step {step + 1}: {error}; stopped, with its state in {setup.folder}/failed"
         raise SystemExit(f"\n{stopped}") from None
 
 
-def log_step(folder: Path, run: RunConfig, step: int, bar, schedule, progress, evaluate, **row):
+def log_step(setup: Setup, step: int, bar, schedule, progress: dict, metrics: dict) -> None:
     """Add a step's row to metrics.csv, evaluating if it is time to."""
-    evaluated = run.eval_every and (step + 1) % run.eval_every == 0
-    so_far = dict(sampled_tokens=progress["sampled_tokens"], seconds=round(progress["seconds"], 2))
-    held_out = dict(held_out=evaluate()["accuracy"] if evaluated else "")
-    lr = dict(lr=schedule.get_last_lr()[0])
-    append_metrics(folder, dict(step=step + 1) | row | lr | so_far | held_out)
+    every = setup.run.eval_every
+    row = dict(step=step + 1) | metrics | dict(lr=schedule.get_last_lr()[0])
+    row["sampled_tokens"] = progress["sampled_tokens"]
+    row["seconds"] = round(progress["seconds"], 2)
+    row["held_out"] = setup.evaluate()["accuracy"] if every and (step + 1) % every == 0 else ""
+    append_metrics(setup.folder, row)
     bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", refresh=False)
-
-
-def finish_run(folder: Path, progress: dict, after: dict, facts: dict = {}, remark="") -> None:
-    """Print what came of the run, and write it to summary.json, together with `facts`."""
-    before = progress["before"]
-    summary = {f"{key}_before": value for key, value in before.items() if key != "k"}
-    summary |= {f"{key}_after": value for key, value in after.items() if key != "k"}
-    summary |= dict(k=after["k"], accuracy_stderr=after["accuracy_stderr"])
-    summary |= {key: progress[key] for key in ("sampled_tokens", "seconds")} | facts
-    tokens, seconds = progress["sampled_tokens"] / 1e6, progress["seconds"]
-    say(
-        f"before: {describe(before)}\nafter:  {describe(after)}\n{remark}"
-        f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {folder}/"
-    )
-    (folder / "summary.tmp").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "summary.tmp").rename(folder / "summary.json")
 
 
 def append_metrics(folder: Path, row: dict) -> None:
@@ -1682,14 +1588,94 @@ def append_metrics(folder: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def show(folder: Path, render) -> None:
-    """Print render(colour=..., width=...) above the progress bar, and keep it without colour and
-    100 characters wide in samples.txt."""
-    with open(folder / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(render(colour=False, width=100) + "\n\n")
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = shutil.get_terminal_size((100, 24)).columns
-    tqdm.write("\n" + render(colour=colour, width=width) + "\n")
+def finish_run(setup: Setup, progress: dict, facts: dict = {}, remark: str = "") -> None:
+    """Evaluate, print what came of the run, and write it to summary.json, with `facts`."""
+    before, after = progress["before"], setup.evaluate()
+    summary = {f"{key}_before": value for key, value in before.items() if key != "k"}
+    summary |= {f"{key}_after": value for key, value in after.items() if key != "k"}
+    summary |= dict(k=after["k"], accuracy_stderr=after["accuracy_stderr"])
+    summary |= {key: progress[key] for key in ("sampled_tokens", "seconds")} | facts
+    tokens, seconds = progress["sampled_tokens"] / 1e6, progress["seconds"]
+    say(
+        f"before: {describe(before)}\nafter:  {describe(after)}\n{remark}"
+        f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {setup.folder}/"
+    )
+    (setup.folder / "summary.tmp").write_text(json.dumps(summary, indent=2) + "\n")
+    (setup.folder / "summary.tmp").rename(setup.folder / "summary.json")
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder under another name, then rename it: readers find the old one or the new. What
+    was written of one that could not be filled is removed."""
+    tmp = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+LOGS = ("metrics.csv", "samples.txt")  # what grows during a run
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, progress: dict, name="checkpoint") -> None:
+    """folder/name in Hugging Face format, and in it everything that an exact resume needs. Raises
+    OSError, with the last checkpoint as it was, if it cannot be written."""
+    state = dict(progress=progress, generator=trainer.generator.get_state())
+    for part in ("optimizer", "schedule", "scaler"):
+        state[part] = getattr(trainer, part).state_dict()
+    logs = [folder / log for log in LOGS]
+    state["log_bytes"] = [log.stat().st_size if log.exists() else 0 for log in logs]
+    try:
+        with new_folder(folder / name) as tmp:
+            trainer.model.save_pretrained(tmp)
+            trainer.tokenizer.save_pretrained(tmp)
+            torch.save(state, tmp / "state.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
+        left = shutil.disk_usage(folder.parent).free / 1e6
+        reason = f"could not be saved; its disk has {left:,.0f} MB left ({one_line(error)})"
+        raise OSError(f"{folder / name} {reason}") from None
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The run's last whole checkpoint. A kill between the renames leaves it under its old name."""
+    for checkpoint in (folder / "checkpoint", folder / ".checkpoint.old"):
+        if checkpoint.exists():
+            return checkpoint
+    raise BadInput(f"{folder} holds no checkpoint")
+
+
+def resume(folder: Path, trainer: Trainer) -> dict:
+    """Restore what `save_checkpoint` saved beside the weights, cut off log rows written after it,
+    and return the run's progress."""
+    file = find_checkpoint(folder) / "state.pt"
+    try:
+        state = torch.load(file, weights_only=True)
+        for part in ("optimizer", "schedule", "scaler"):
+            getattr(trainer, part).load_state_dict(state[part])
+        trainer.generator.set_state(state["generator"])
+        progress, sizes = state["progress"], [int(size) for size in state["log_bytes"]]
+    except Exception:
+        raise BadInput(f"--resume: {file} is missing or damaged") from None
+    for log, size in zip(LOGS, sizes):
+        if (folder / log).exists():
+            os.truncate(folder / log, size)
+    return progress
+
+
+# ------------------------------------------------------------------------------------------ endings
 
 
 class StopRequest:
@@ -1770,28 +1756,39 @@ def cli(main) -> None:
         stop(f"\nerror: out of memory; what needs less: {less}, shorter answers; {go_on}", 1)
 
 
-def paint(text: str, credit: float) -> str:
-    """`text` on green for positive credit, on red for negative, stronger the larger."""
-    shades = ("52", "88", "124") if credit < 0 else ("22", "28", "34")
-    shade = shades[min(2, int(3 * abs(credit)))]
-    return f"\033[48;5;{shade};38;5;231m{text}\033[0m" if text and credit else text
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
-def printable(text: str) -> str:
-    """`text` without control characters but line breaks: what a policy samples must not steer the
-    terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+# ------------------------------------------------------------------------------------------ display
+
+
+def slow_bar(label: str, total: int, unit: str) -> tqdm:
+    """A bar for part of a step, which shows up only where that part takes seconds."""
+    return tqdm(desc=f"  {label}", total=total, unit=unit, leave=False, delay=3)
+
+
+def is_shown(run: RunConfig, step: int) -> bool:
+    return bool(run.show_every) and (step + 1) % run.show_every == 0
+
+
+def show(folder: Path, step: int, view) -> None:
+    """Print view(colour=..., width=...), a step's text, above the progress bar, and keep it without
+    colour and 100 characters wide in samples.txt."""
+
+    def render(colour: bool, width: int) -> str:
+        return f"step {step + 1}: {view(colour=colour, width=width)}"
+
+    with open(folder / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(render(colour=False, width=100) + "\n\n")
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((100, 24)).columns
+    tqdm.write("\n" + render(colour=colour, width=width) + "\n")
 
 
 def problem_title(problem: Problem) -> str:
     question = printable(problem.question.replace("\n", " "))[:80]
     return f"{question}   answer {printable(problem.answer)}"
-
-
-def fit(text: str, room: int) -> str:
-    """`text` without control characters, cut to `room` characters."""
-    room = max(1, room)
-    return printable(text) if len(text) <= room else printable(text[: room - 1]) + "…"
 
 
 def answer_notes(problem: Problem, rollout: Rollout, tokenizer) -> tuple[str, dict[int, str]]:
@@ -1831,3 +1828,22 @@ def credit_lines(pieces, credits, labels, notes, colour: bool) -> list[str]:
         f"  {shown}{' ' * (column - len(plain))}  {listed(opened):12} {remark}".rstrip()
         for plain, shown, opened, remark in rows
     ]
+
+
+def paint(text: str, credit: float) -> str:
+    """`text` on green for positive credit, on red for negative, stronger the larger."""
+    shades = ("52", "88", "124") if credit < 0 else ("22", "28", "34")
+    shade = shades[min(2, int(3 * abs(credit)))]
+    return f"\033[48;5;{shade};38;5;231m{text}\033[0m" if text and credit else text
+
+
+def printable(text: str) -> str:
+    """`text` without control characters but line breaks: what a policy samples must not steer the
+    terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
+
+
+def fit(text: str, room: int) -> str:
+    """`text` without control characters, cut to `room` characters."""
+    room = max(1, room)
+    return printable(text) if len(text) <= room else printable(text[: room - 1]) + "…"

@@ -1,39 +1,57 @@
-"""MPO: Multi-token Policy Gradient Optimization (arXiv 2602.14386), in one file.
+"""MPO: Multi-token Policy Gradient Optimization (arXiv 2602.14386), in one file: a reconstruction,
+for no code was released and not every detail is public.
 
-PPO and GRPO take a token for an action. MPO takes K consecutive tokens for one: the importance
-ratio, and with it the clip, belongs to a block of tokens, and the rest of GRPO stays. With the
-token log-ratios l_t = log pi(y_t) - log pi_old(y_t) and weights beta that sum to 1,
+PPO and GRPO take a token for an action. MPO takes K consecutive tokens for one, so that what is
+compared with the sampling policy, and clipped, is larger than a token: the importance ratio belongs
+to K tokens, and the rest of GRPO stays. Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t)
 
-    R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})    (Eq. 9 and 11; all beta = 1: joint, Eq. 8)
+    R_t = exp(l_t + ... + l_{t+K-1})                        joint: the product of K ratios (Eq. 8)
+    R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})          weighted, sum beta = 1 (Eq. 9 and 11)
+
+    window: one for every token, of the K from it on    block: every K tokens share one    (K = 3)
+
+        1 2 + 4 = 1 6                                       1 2 + 4 = 1 6
+        [ R_1 ]                                             [ R_1 ]           R_1 for 3 tokens
+          [ R_2 ]                                                 [ R_4 ]     R_4 for 3 tokens
+            [ R_3 ]   ...   of 2 tokens, of 1 at the end                [R_7] R_7 for what is left
 
     L = -1/N sum_t min(R_t A_t, clip(R_t, 1 - eps, 1 + eps) A_t),    A = GRPO's group advantage
 
+where R_t is the ratio of t's window or of its block.
+
 Confirmed by the abstract and public notes on the paper: K tokens are one action, only the ratio
 changes, Eq. 8, 9 and 11, K in {2, 3, 5}, and weights named by the share of the K - 1 future tokens.
-No code was released. Reconstructed here (1 to 5), or departing from the paper:
+Ours, for the paper's details are not public:
  1. The objective: A is GRPO's group advantage; clipped once per window or block; N counts the
-    tokens of the whole optimiser step, each of which carries its window's or its block's value.
- 2. The future tokens' probabilities are the policy's own, teacher-forced on what was sampled. The
-    paper's earlier version trains extra heads that predict them from the state at t.
- 3. Layouts: `window` (one anchored at every token, stride 1) and `block` (stride K).
- 4. Weights: `joint`, `uniform` (1/K), or a share p of the weight for the future tokens in equal
-    parts. Where fewer than K tokens are left, beta is renormalised over those there are.
- 5. --scale_eps multiplies the clip range by the norm of beta, for a fair comparison.
- 6. No KL term; sizes suit the small policy of the built-in task. The learning rate falls to 0:
-    at a constant one, as in spo.py, several updates a step left the last accuracies swinging.
+    tokens of the whole optimiser step.
+ 2. The future tokens' probabilities are the policy's own, teacher-forced on what was sampled. (An
+    earlier version of the paper trains extra heads that predict them from the state at t. What the
+    present one does is not public.)
+ 3. Both layouts.
+ 4. Weights: `joint`, `uniform` (1/K), or a share p of the weight for all future tokens together, in
+    equal parts. Where fewer than K tokens are left, beta is renormalised over those there are.
+Departures:
+ 5. --scale_eps multiplies the clip range by the norm of beta, for a fair comparison of weights:
+    log R has that many times the spread of l.
+ 6. No KL term; sizes suit the small policy of the built-in task. The learning rate falls to 0: at a
+    constant one several updates a step left the last accuracies swinging.
 
 While the policy is the one that sampled, all ratios are 1, no clip acts, and MPO's gradient is
-GRPO's: exactly so for blocks of uniform weight, inside an answer for windows; joint weights make it
-K times as large; in a block, a share p weighs the first token most. So a step makes four updates by
-default, and from the second on K matters more.
+GRPO's: exactly so for blocks of uniform weight. A token inside an answer lies in K windows, whose
+weights for it sum to 1, so there windows give GRPO's gradient too. Joint weights make it K times as
+large; in a block, a share p weighs the first token most. So a step makes four updates by default,
+and from the second on K matters more.
 
-    python mpo.py                   a minute on two cores, held-out accuracy 0.22 -> 0.87
+    python mpo.py                   a minute on two cores, held-out accuracy 0.22 -> 0.83
     python mpo.py --block_size 1    GRPO
+
+Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample` under
+it), `token_logprobs` and `clipped_surrogate`.
 """
 
 import math
-import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -41,7 +59,7 @@ from typing import Literal, NamedTuple
 import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
 import torch.nn.functional as F
-from common import BadInput, Batch, Sample, arg
+from common import BadInput, Batch, Compute, Sample, arg
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
@@ -50,7 +68,7 @@ from transformers import get_linear_schedule_with_warmup
 class Config:
     block_size: int = arg(5, "tokens that make one action (K); 1: GRPO", low=1, high=math.inf)
     layout: Literal["window", "block"] = arg("window", "a window at every token, or blocks")
-    weights: str = arg("0.2", "of a block's tokens: joint, uniform, or the future's share p")
+    weights: str = arg("0.2", "joint, uniform, or the share p of all future tokens together")
     scale_eps: bool = arg(False, "multiply clip_eps by the norm of the weights")
     scale_advantages: bool = arg(True, "divide advantages by their group's std")
     prompts: int = arg(32, "problems per step", low=1)
@@ -74,7 +92,7 @@ class Config:
         try:  # a share comes as text, and is a number from here on
             if self.weights not in ("joint", "uniform"):
                 self.weights = float(self.weights)
-            block_weights(self.block_size, self.weights, 1)
+            block_weights(self.block_size, self.weights, length=1)  # raises for wrong weights
         except ValueError:
             wanted = "must be joint, uniform, or a share in [0, 1)"
             raise BadInput(f"--weights {self.weights}: {wanted}") from None
@@ -94,10 +112,12 @@ LARGE = dict(lr=1e-6)
 
 
 def block_weights(block_size: int, weights: str | float, length: int | None = None) -> Tensor:
-    """(K,) float64: beta_1 ... beta_K before any tail is renormalised; only the first `length`.
+    """(K,) float64: beta_1 ... beta_K before any tail is renormalised.
 
     weights: "joint" (all 1), "uniform" (1/K), or the share p in [0, 1) of the K - 1 future tokens
-    (1 - p, then p / (K - 1) each). Raises ValueError for anything else and for K < 1.
+    (1 - p, then p / (K - 1) each). length: only the first so many are needed, however large K is.
+    For K = 1 and a share, beta is [1 - p], which `window_weights` renormalises to 1. Raises
+    ValueError for anything else and for K < 1.
 
     >>> block_weights(3, 0.5).tolist()
     [0.5, 0.25, 0.25]
@@ -115,18 +135,29 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
 
 def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tensor:
     """(B, T, K) weights of the K tokens from each token on: 0 from the first one outside the mask
-    on, and except for joint renormalised over the rest. No more than T of the K are kept."""
+    on, and except for joint renormalised over the rest. No more than T of the K are kept.
+
+    >>> window_weights(torch.tensor([[True, True, False]]), 2, 0.2).tolist()
+    [[[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]]
+    """
     dtype = common.exact_dtype(mask.device)
     beta = block_weights(block_size, weights, mask.shape[1]).to(dtype).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
     beta = beta * inside.cumprod(-1)  # (B, T, K)
-    some = torch.finfo(dtype).tiny  # outside the mask 0 is divided
-    return beta if weights == "joint" else beta / beta.sum(-1, keepdim=True).clamp(min=some)
+    if weights == "joint":
+        return beta
+    smallest = torch.finfo(dtype).tiny  # not 0 / 0 outside the mask
+    return beta / beta.sum(-1, keepdim=True).clamp(min=smallest)
 
 
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     """(B, T) index of the token whose window gives each token its ratio: the token itself, or the
-    first one of its block. Blocks count from the first token of the mask, and anew after a gap."""
+    first one of its block. Blocks count from each row's first token in the mask, which here is its
+    first; if the mask has a gap, anew after it.
+
+    >>> anchors(torch.ones(1, 7, dtype=torch.bool), 3, "block").tolist()
+    [[0, 0, 0, 3, 3, 3, 6]]
+    """
     if layout not in ("window", "block"):
         raise ValueError(f"layout must be window or block, not {layout}")
     t = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, T)
@@ -170,7 +201,7 @@ def mpo_loss(log_ratio: Tensor, batch: Batch, normaliser: int, cfg: Config):
     log_ratio: l (B, T). normaliser: N, the tokens of the WHOLE optimiser step.
     """
     log_blocks = block_log_ratio(log_ratio, batch.mask, cfg.block_size, cfg.layout, cfg.weights)
-    # In one dtype with the ratio: a rounding between two would look like a cut.
+    # In one dtype with the ratio: `clipped` compares two products, which would differ by rounding.
     eps = scaled_eps(batch.mask, cfg).to(log_ratio.dtype) if cfg.scale_eps else cfg.clip_eps
     objective, clipped = common.clipped_surrogate(log_blocks, batch.advantages, eps)  # (B, T)
     return -(objective * batch.mask).sum() / normaliser, log_blocks, clipped
@@ -184,10 +215,11 @@ class Credit(NamedTuple):
     entropy: float  # the policy's mean entropy over all answer tokens, nats
 
 
-def assign_credit(model, rollouts, cfg: Config) -> Credit:
+def assign_credit(model, rollouts, cfg: Config, compute=Compute()) -> Credit:
     """Rewarded rollouts, group_size to a prompt -> samples with GRPO's advantages."""
     samples = [Sample(r.prompt, r.ids) for r in rollouts]
-    entropy = common.score(model, samples, cfg.temperature)
+    # This also fills in each sample's old log-probs.
+    entropy = common.score(model, samples, cfg.temperature, compute)
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
     advantages = common.group_advantages(rewards, cfg.scale_advantages)  # (P, G)
     for s, advantage in zip(samples, advantages.flatten().tolist()):
@@ -199,76 +231,107 @@ def assign_credit(model, rollouts, cfg: Config) -> Credit:
 
 
 def update(
-    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str, ratios: dict | None = None
-) -> dict:
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str,
+    ratios: dict | None = None, scaler=None, compute=Compute(),
+) -> dict:  # fmt: skip
     """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics.
 
-    ratios: takes, for each sample that is trained (by id), its ratios at the last pass and where
-    they were cut; None where they are not to be shown.
+    ratios: takes, for the id() of each sample that is trained, its ratios at the last pass and
+    where they were clipped; None where they are not to be shown.
     """
-    sums = dict(loss=0.0, kl=0.0, grad_norm=0.0, token_clip=0.0, block_clip=0.0)
-    moments = torch.zeros(2, 2, dtype=torch.float64)  # token and block: sums of ratio and square
-    steps, tokens = 0, 0
-    for epoch in range(cfg.epochs):
-        order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
-        for i in range(0, len(order), cfg.batch_size):
-            minibatch = order[i : i + cfg.batch_size]
-            n = sum(len(s.ids) for s in minibatch)
-            loss_sum = 0.0
-            # A sample without signal has gradient 0: it counts in N, and needs no forward pass.
-            for micro in common.micro_batches([s for s in minibatch if any(s.advantages)]):
-                batch = common.collate(micro, model.device)
-                logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
-                log_ratio = logprobs - batch.old_logprobs  # (B, T)
-                loss, log_blocks, clipped = mpo_loss(log_ratio, batch, n, cfg)
-                common.backward(model, loss)
-                loss_sum += loss.item()
-                log_ratio, log_blocks = log_ratio.detach(), log_blocks.detach()
-                _, cut = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
-                sums["token_clip"] += cut.sum().item()
-                sums["block_clip"] += clipped.sum().item()
-                pair = torch.stack([log_ratio, log_blocks])[:, batch.mask].cpu().double()  # (2, N)
-                sums["kl"] += common.k3(pair[0]).sum().item()
-                ratio = pair.clamp(-10, 10).exp()  # as in the loss
-                moments += torch.stack([ratio.sum(1), (ratio**2).sum(1)])
-                tokens += pair.shape[1]
-                if ratios is not None:
-                    for s, row, cuts in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
-                        ratios[id(s)] = row[: len(s.ids)], cuts[: len(s.ids)]
-            norm = common.optimizer_step(model, optimizer, schedule, loss_sum, cfg.max_grad_norm)
-            sums["loss"], sums["grad_norm"] = sums["loss"] + loss_sum, sums["grad_norm"] + norm
-            steps += 1
-    metrics = {k: sums[k] / (steps if k in ("loss", "grad_norm") else max(tokens, 1)) for k in sums}
-    mean, square = moments / max(tokens, 1)  # (2,), (2,)
-    variance = (square - mean**2).clamp(min=0).tolist()
-    metrics["token_ratio_var"], metrics["block_ratio_var"] = variance
+    totals = Counter()
+    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
+        n = sum(len(s.ids) for s in minibatch)
+        # A sample without signal has gradient 0: it counts in N, and needs no forward pass.
+        trained = [s for s in minibatch if any(s.advantages)]
+        loss_sum = 0.0
+        for micro in common.micro_batches(trained, compute.training_tokens):
+            batch = common.collate(micro, model.device)
+            logprobs = common.token_logprobs(
+                model, batch, cfg.temperature, compute=compute
+            )  # (B, T)
+            log_ratio = logprobs - batch.old_logprobs  # (B, T)
+            loss, log_blocks, clipped = mpo_loss(log_ratio, batch, n, cfg)
+            common.backward(loss, scaler)
+            loss_sum += loss.item()
+            totals.update(diagnose(log_ratio.detach(), log_blocks.detach(), batch, clipped, cfg))
+            if ratios is not None:
+                for s, row, cuts in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
+                    ratios[id(s)] = row[: len(s.ids)], cuts[: len(s.ids)]
+        norm = common.optimizer_step(
+            model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
+        )
+        totals.update(updates=1, loss=loss_sum, grad_norm=norm)
+    metrics = common.averages(totals, ("loss", "grad_norm"), ("kl", "token_clip", "block_clip"))
+    for kind in ("token", "block"):  # var R = E[R^2] - E[R]^2
+        mean = totals[f"{kind}_ratio"] / max(totals["tokens"], 1)
+        square = totals[f"{kind}_ratio_squared"] / max(totals["tokens"], 1)
+        metrics[f"{kind}_ratio_var"] = max(square - mean**2, 0.0)
     return metrics
 
 
+def diagnose(log_ratio, log_blocks, batch: Batch, clipped: Tensor, cfg: Config) -> dict:
+    """Sums over the trained tokens, of token ratios and, beside them, of window or block ratios:
+    their moments, how many the clip cuts, and how many it would cut if a token were an action."""
+    _, token_clipped = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
+    rows = torch.stack([log_ratio, log_blocks])[:, batch.mask].cpu().double()  # (2, tokens)
+    ratios = rows.clamp(-10, 10).exp()  # as in clipped_surrogate
+    token_sum, block_sum = ratios.sum(1).tolist()
+    token_squares, block_squares = (ratios**2).sum(1).tolist()
+    return dict(
+        kl=common.k3(rows[0]).sum().item(),  # of pi_old to pi
+        token_clip=token_clipped.sum().item(), block_clip=clipped.sum().item(),
+        token_ratio=token_sum, token_ratio_squared=token_squares,
+        block_ratio=block_sum, block_ratio_squared=block_squares, tokens=rows.shape[1],
+    )  # fmt: skip
+
+
+def describe_step(rollouts, credit: Credit) -> dict:
+    """A step's metrics that are not the update's (README, "metrics.csv")."""
+    return dict(
+        entropy=credit.entropy,
+        no_signal=sum(not any(s.advantages) for s in credit.samples) / len(rollouts),
+        length=sum(len(r.ids) for r in rollouts) / len(rollouts),
+    )
+
+
 def show_answer(
-    problems, rollouts, credit: Credit, ratios: dict, cfg: Config, tokenizer, colour: bool, width
+    problems,
+    rollouts,
+    credit: Credit,
+    ratios: dict,
+    cfg: Config,
+    tokenizer,
+    colour: bool,
+    width: int,
 ) -> str:
-    """One answer of the step with the ratios it was last trained at: one with a cut, if there is
-    any, and a failure if there is a choice.
+    """One answer of the step with the ratios it was last trained at: one with a clipped ratio, if
+    there is any, and a failure if there is a choice.
 
     Its tokens have the colour of its advantage, and none where the clip cut the gradient.
     """
     trained = [i for i, s in enumerate(credit.samples) if id(s) in ratios]
     if not trained:
         return "no answer carried a signal"
-    cut = {i: any(ratios[id(credit.samples[i])][1]) for i in trained}
-    i = max(trained, key=lambda i: (cut[i], not rollouts[i].reward))  # the first of equals
+
+    def interest(i: int) -> tuple[bool, bool]:
+        _, clipped = ratios[id(credit.samples[i])]
+        return any(clipped), not rollouts[i].reward
+
+    i = max(trained, key=interest)  # the first of equals
     title, notes = common.answer_notes(problems[i], rollouts[i], tokenizer)
-    pieces = [tokenizer.decode([id]) for id in rollouts[i].ids]
+    pieces = [tokenizer.decode([token]) for token in rollouts[i].ids]
     s = credit.samples[i]
     shown, clipped = ratios[id(s)]
-    blocks = cfg.layout == "block"
-    starts = range(0, len(s.ids), cfg.block_size) if blocks else range(len(s.ids))
-    labels = {t: f"{shown[t]:.2f}{'*' * clipped[t]}" for t in starts if blocks or clipped[t]}
+    labels = {}  # beside the tokens they stand for: each block's ratio, or the clipped windows'
+    for t in range(0, len(s.ids), cfg.block_size if cfg.layout == "block" else 1):
+        if cfg.layout == "block" or clipped[t]:
+            labels[t] = f"{shown[t]:.2f}" + ("*" if clipped[t] else "")
     credits = [0.0 if cut else advantage for cut, advantage in zip(clipped, s.advantages)]
     lines = common.credit_lines(pieces, credits, labels, notes, colour)
-    window = f"each token has a ratio, of {cfg.block_size} tokens from it on; | and *: clipped"
-    what = "| opens a block, which has one ratio; *: clipped" if blocks else window
+    what = "| opens a block, which has one ratio; *: clipped"
+    if cfg.layout == "window":
+        what = f"each token has a ratio, of {cfg.block_size} tokens from it on; | and *: clipped"
     return "\n".join([f"{title}, advantage {s.advantages[0]:+.2f}", *lines, f"  {what}"])
 
 
@@ -289,49 +352,47 @@ def headline(cfg: Config, train: list) -> str:
 
 def main() -> None:
     setup = common.set_up(Config, "mpo", __doc__, TINY, LARGE, headline)
-    cfg, run, folder, train = setup.cfg, setup.run, setup.folder, setup.train
-    model, tokenizer, evaluate = setup.model, setup.tokenizer, setup.evaluate
+    cfg, run, compute = setup.cfg, setup.run, setup.compute
+    model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    warmup, total = cfg.warmup_updates, cfg.steps * updates_of(cfg)
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
-    generator = torch.Generator(model.device).manual_seed(run.seed)
-    trainer = (model, tokenizer, optimizer, schedule, generator)
+    updates = updates_of(cfg)  # a step
+    schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
+    trainer = common.make_trainer(setup, optimizer, schedule)
+    generator = trainer.generator
     progress = common.begin(setup, trainer)
-    for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
+    for step, bar in common.training_steps(setup, trainer, progress):
         # 1. Sample G answers to each problem, and reward them.
         began = time.time()
-        problems = common.batch_at(train, step, cfg.prompts, run.seed)
-        states = [common.initial_state(tokenizer, problem) for problem in problems]
-        options = dict(temperature=cfg.temperature, generator=generator)
+        problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
+        states = [common.initial_state(tokenizer, p, setup.instruction) for p in problems]
         rollouts = common.complete(
-            model, tokenizer, states, cfg.group_size, cfg.max_new_tokens, **options
-        )
-        problems = [problem for problem in problems for _ in range(cfg.group_size)]  # one a rollout
+            model, tokenizer, states, n=cfg.group_size, max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature, generator=generator, compute=compute,
+        )  # fmt: skip
 
         # 2. Credit each answer, all its tokens alike, with its advantage in its group.
-        credit = assign_credit(model, rollouts, cfg)
+        credit = assign_credit(model, rollouts, cfg, compute)
 
-        # 3. Train on them, a block of tokens being one action.
-        seed = f"{run.seed}-{step}"
-        ratios = {} if run.show_every and (step + 1) % run.show_every == 0 else None
-        with common.saved_if_not_finite(folder, step, trainer, progress):
-            metrics = update(model, optimizer, schedule, credit.samples, cfg, seed, ratios)
+        # 3. Train on them, K tokens being one action.
+        shuffle = f"{run.seed}-{step}"
+        ratios = {} if common.is_shown(run, step) else None
+        with common.saved_if_not_finite(setup, step, trainer, progress):
+            metrics = update(
+                model, optimizer, schedule, credit.samples, cfg, shuffle, ratios=ratios,
+                scaler=trainer.scaler, compute=compute,
+            )  # fmt: skip
 
+        # 4. Log.
         progress["sampled_tokens"] += sum(len(r.ids) for r in rollouts)
         progress["seconds"] += time.time() - began
-        count = len(rollouts)
-        common.log_step(
-            folder, run, step, bar, schedule, progress, evaluate,
-            accuracy=sum(r.reward for r in rollouts) / count,
-            **metrics,
-            entropy=credit.entropy,
-            no_signal=sum(not any(s.advantages) for s in credit.samples) / count,
-            length=sum(len(r.ids) for r in rollouts) / count,
-        )  # fmt: skip
-        if ratios is not None:
-            view = partial(show_answer, problems, rollouts, credit, ratios, cfg, tokenizer)
-            common.show(folder, lambda **how: f"step {step + 1}: {view(**how)}")
-    common.finish_run(folder, progress, evaluate())
+        accuracy = sum(r.reward for r in rollouts) / len(rollouts)
+        metrics = dict(accuracy=accuracy) | metrics | describe_step(rollouts, credit)
+        common.log_step(setup, step, bar, schedule, progress, metrics)
+        if common.is_shown(run, step):
+            owners = [problem for problem in problems for _ in range(cfg.group_size)]
+            view = partial(show_answer, owners, rollouts, credit, ratios, cfg, tokenizer)
+            common.show(setup.folder, step, view)
+    common.finish_run(setup, progress)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,64 @@
 """RRPO and SRPO: "Credit Assignment with Resets" (arXiv 2605.25507 v2), in one file.
 
 Whatever was right in a failed attempt need not be sampled again: go back to a step of it, sample
-other continuations from there, and learn from how they compare. With G = 4, for each prompt x0,
+other continuations from there, and learn from how they compare. An answer has reward r = 1 if its
+final answer is right, else 0, and has then failed. With G = 4, for each prompt x0,
 
-    base  = G answers to x0; the first failed one is the seed, cut into steps 1 ... H
+    base  = G answers to x0; the first failed one, the seed, is cut into steps 1 ... H
     RRPO: h ~ Uniform{1 ... H}        SRPO: h = the first wrong step, as the policy itself names it
     reset = G continuations of x* = x0 + the seed's steps 1 ... h - 1
     A     = (r - mean) / std of the own group, exactly 0 if all are equal
-    L     = -1/2G sum_i A_i mean_t log pi(y_i,t)        over the answer, or the suffix after x*
+    L     = -1/(2G) sum_i A_i mean_t log pi(y_i,t)    over all 2G, the answers and the suffixes
 
-Departures from the paper:
+    x0  14+7+5+2           +-- 21+5=26 / 26+2=28 / #### 28   r = 1, A > 0    base group: trained
+                           +-- ...                                          from x0 on
+        the seed:          +-- 21+5=27 / 27+2=29 / #### 29   r = 0, A < 0
+                               |
+    x*  14+7+5+2 / 14+7=21 /   h = 2
+                           +-- 21+5=26 / 26+2=28 / #### 28   r = 1, A > 0    reset group: trained
+                           +-- 21+5=27 / 27+2=29 / #### 29   r = 0, A < 0    from x* on
+
+Departures from the paper, or from the authors' code:
  1. The seed stays in the base group, whose G answers are then i.i.d. The paper drops it and draws
     until G others exist, which skews the base towards success (--seed_rule paper).
- 2. A small policy cannot be asked for its mistake. `uncertain` returns to the first step that holds
-    a token sampled below a probability (SPO's cutpoint), `surprise` to that of the least likely
-    token; both are ours. `oracle` knows. Models with a chat template are asked, as in the paper
-    (`prompt`), in words of our own.
- 3. Without a failure among the G, G more answers join them: one group of 2G. In the paper that is so
-    when 12 tries hold none; the first G of them stay, and G new ones are drawn.
+ 2. A small policy cannot be asked for its mistake. Localisers of our own: `uncertain` returns to
+    the first step that holds a token sampled below a probability (a cutpoint of SPO, arXiv
+    2505.23564), `surprise` to that of the least likely token; `oracle` knows the step. Models with
+    a chat template are asked, as in the paper (`prompt`), in words of our own.
+ 3. If none of the G has failed, G more answers join them: one group of 2G. The paper looks for a
+    failure among 12 answers; if there is none, the first G stay and G new ones are drawn.
  4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
  5. Sizes and learning rate, which falls to 0, suit the small policy of the built-in task; the paper
     trains LoRA. Sampling is at temperature 1 without top-p (0.7 and 0.95 in the paper).
- 6. --clip_eps adds PPO's ratio and clip, which the paper's loss does without.
- 7. A step makes one optimiser step (--batch_size), without weight decay; a localisation text has at
-    most 512 tokens, and its last box that names a step counts. The code: 8 of the 32 prompts an
-    optimiser step, weight decay 0.01, 4,096 tokens, the last box alone.
+ 6. --clip_eps adds PPO's ratio and clip, which the paper's loss does without: it takes the gradient
+    where the policy is still the one that sampled.
+ 7. All rollouts of a round make one update (--batch_size), without weight decay; the localiser's
+    reply has at most 512 tokens. The code: those of 8 of the 32 prompts, 0.01 and 4,096.
 
-    python reset_po.py                   70 s on two cores, accuracy 0.22 -> 0.88
+    python reset_po.py                   70 s on two cores, held-out accuracy 0.22 -> 0.85
     python reset_po.py --method rrpo     random resets
     python reset_po.py --method grpo     no resets: groups of 2G
+
+Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample` under
+it), `step_starts` and `group_advantages`.
 """
 
-import random
 import re
 import time
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
 import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
-from common import BadInput, Batch, Problem, Rollout, Sample, arg, step_starts
+from common import BadInput, Batch, Compute, Problem, Rollout, Sample, arg, step_starts
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 TRIES = 12  # answers among which the paper looks for a failure
+LOCALISER_TEMPERATURE = 0.3  # the paper's: the policy is asked once
 
 
 @dataclass
@@ -60,7 +73,7 @@ class Config:
     localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens", low=1)
     delimiter: str = arg(r"\n", r"what ends a step; \n is a line break")
     max_steps: int = arg(20, "most steps of an answer; the last one takes the rest", low=1)
-    fresh: int = arg(4, "answers per problem from the prompt: the base group (G)", low=0)
+    fresh: int = arg(4, "answers per problem: the base group (G); 0: reset groups only", low=0)
     resets: int = arg(4, "continuations per reset: the reset group (G)", low=0)
     seeds: int = arg(1, "failed answers per problem to reset", low=0)
     seed_rule: Literal["keep", "paper"] = arg("keep", "paper: the seed leaves the base group")
@@ -90,9 +103,10 @@ class Config:
             raise BadInput("--delimiter '': a step needs an end")
         if self.method != "srpo" and self.localiser not in ("auto", "random"):
             raise BadInput(f"--localiser {self.localiser}: --method {self.method} asks for none")
-        self.localiser = self.localiser if self.method == "srpo" else "random"
+        self.localiser = self.localiser if self.method == "srpo" else "random"  # which is RRPO
         if self.method == "grpo" or not self.resets * self.seeds:
-            self.fresh, self.resets, self.seeds = self.rollouts, 0, 0
+            self.fresh = self.rollouts  # GRPO: all 2G are answers to the prompt
+            self.resets = self.seeds = 0
         if self.fresh == 1 or self.resets == 1 or not self.rollouts:
             wrong = f"--fresh {self.fresh} --resets {self.resets} --seeds {self.seeds}"
             raise BadInput(f"{wrong}: a group needs 2 rollouts or more")
@@ -136,43 +150,62 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
     >>> plan_groups([1.0, 1.0, 1.0, 1.0], Config())
     Plan(more=4, seeds=[], base=[0, 1, 2, 3])
+    >>> plan_groups([1.0, 0.0, 1.0, 0.0, 1.0], Config(seed_rule="paper"))
+    Plan(more=0, seeds=[1], base=[0, 2, 3, 4])
     """
     keep = cfg.seed_rule == "keep" and cfg.fresh > 0
     limit, drawn = cfg.fresh if keep else TRIES, len(rewards)
     seeds = [i for i in range(min(limit, drawn)) if not rewards[i]][: cfg.seeds]
     others = [i for i in range(drawn) if keep or i not in seeds]
     missing = cfg.seeds - len(seeds)
-    if missing and drawn < limit:  # go on looking; what fills the base group does so too
-        return Plan(min(limit - drawn, max(missing, cfg.fresh + cfg.seeds - drawn)), seeds, others)
+    if missing and drawn < limit:  # look on, by as many as base group and seeds need in any case
+        needed = max(missing, cfg.fresh + cfg.seeds - drawn)
+        return Plan(min(limit - drawn, needed), seeds, others)
     base = others[: cfg.fresh]
-    joining = [i for i in others[cfg.fresh :] if i >= limit][: cfg.resets * missing]
-    more = cfg.fresh - len(base) + cfg.resets * missing - len(joining)
+    joining = [i for i in others[cfg.fresh :] if i >= limit]  # drawn after the tries
+    joining = joining[: cfg.resets * missing]
+    more = (cfg.fresh - len(base)) + (cfg.resets * missing - len(joining))
     return Plan(more, seeds, base + joining)
 
 
+# A localiser names the step h to go back to. `starts`: the index of each step's first token, H of
+# them, the first 0. Steps count from 1, as in the paper.
+
+
+def step_of(t: int, starts: list[int]) -> int:
+    """The step that holds token t.
+
+    >>> [step_of(t, [0, 8, 16]) for t in (0, 7, 8, 99)]
+    [1, 1, 2, 3]
+    """
+    return bisect_right(starts, t)
+
+
 def localize_random(starts: list[int], generator: torch.Generator) -> int:
-    """h ~ Uniform{1 ... H}: RRPO. All localisers number steps from 1, as the paper does."""
+    """h ~ Uniform{1 ... H}: RRPO."""
     return 1 + torch.randint(len(starts), (), generator=generator, device=generator.device).item()
 
 
 def localize_surprise(probs: list[float], starts: list[int]) -> int:
     """The step with the token that the policy found least likely. probs (T,): pi(y_t)."""
-    return bisect_right(starts, min(range(len(probs)), key=lambda t: probs[t]))
+    return step_of(min(range(len(probs)), key=lambda t: probs[t]), starts)
 
 
 def localize_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
     """The first step with a token sampled at a probability below `threshold`; if no token is, the
     one with the least likely token."""
-    unsure = (t for t, p in enumerate(probs) if p < threshold)
-    t = next(unsure, None)
-    return localize_surprise(probs, starts) if t is None else bisect_right(starts, t)
+    for t, p in enumerate(probs):
+        if p < threshold:
+            return step_of(t, starts)
+    return localize_surprise(probs, starts)
 
 
 def localize_oracle(ids: list[int], starts: list[int], problem: Problem, tokenizer) -> int:
-    """The truly first wrong step: CPI-CARO's oracle (Section 3). Of an answer that was cut while
-    all was right, the last."""
+    """The truly first wrong step, as the oracle of the paper's Section 3 names it: Conservative
+    Policy Iteration with a Credit Assignment Reset Oracle (CPI-CARO). If none is wrong, for the
+    answer was truncated: the last."""
     wrong = common.first_wrong_token(ids, problem, tokenizer)
-    return len(starts) if wrong is None else bisect_right(starts, wrong)
+    return len(starts) if wrong is None else step_of(wrong, starts)
 
 
 def localisation_prompt(question: str, steps: list[str]) -> str:
@@ -188,10 +221,11 @@ def localisation_prompt(question: str, steps: list[str]) -> str:
 
 
 def parse_step(text: str, count: int) -> int:
-    """The step that a localisation text names: the last boxed integer within 1 ... count, else the
-    last "Step k" within it, else 1.
+    r"""The step that a localiser's reply names: the last boxed integer within 1 ... count, as in
+    \boxed{3} or \boxed{\text{Step} 3.}, else the last "Step k" within it, else 1. The authors'
+    code takes the last box alone.
 
-    >>> parse_step("Step 2 is fine, step 3 is not. \\\\boxed{3}", 5), parse_step("Step 9", 5)
+    >>> parse_step(r"Step 2 is fine, step 3 is not. \boxed{3}", 5), parse_step("Step 9", 5)
     (3, 1)
     """
     boxed = r"\\boxed\s*\{(?:\s|step|\\text\s*\{[^{}]*\})*([0-9]{1,9})[\s.]*\}"
@@ -200,6 +234,11 @@ def parse_step(text: str, count: int) -> int:
         if named := [k for k in named if 1 <= k <= count]:
             return named[-1]
     return 1
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of x where mask is True, over all of it or along `dim`; 0 if it is True nowhere."""
+    return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def reset_loss(logprobs: Tensor, batch: Batch, normaliser: int, clip_eps: float):
@@ -213,7 +252,7 @@ def reset_loss(logprobs: Tensor, batch: Batch, normaliser: int, clip_eps: float)
         objective, clipped = common.clipped_surrogate(log_ratio, batch.advantages, clip_eps)
     else:
         objective, clipped = batch.advantages * logprobs, torch.zeros_like(batch.mask)  # (B, T)
-    means = common.masked_mean(objective, batch.mask, dim=1)  # (B,)
+    means = masked_mean(objective, batch.mask, dim=1)  # (B,)
     return -means.sum() / normaliser, clipped
 
 
@@ -223,32 +262,38 @@ def reset_loss(logprobs: Tensor, batch: Batch, normaliser: int, clip_eps: float)
 class Reset(NamedTuple):
     problem: Problem
     seed: Sample  # the failed answer, with its log-probs
-    starts: list[int]  # its steps
+    starts: list[int]  # its steps' first tokens
     named: int  # the step to go back to
     truth: int | None  # its first wrong step, where the task can tell
     group: list[Rollout]  # what came of it: prompts end in the steps that were kept
 
 
-def draw_answers(model, tokenizer, problems, cfg: Config, generator):
-    """Answers to each problem until its groups are settled: (list[list[Rollout]], list[Plan])."""
-    drawn = [[] for _ in problems]
-    options = dict(temperature=cfg.temperature, generator=generator)
+def draw_answers(model, tokenizer, states, cfg: Config, generator, compute=Compute()):
+    """Answers to each problem until its groups are settled: (list[list[Rollout]], list[Plan]).
+
+    states: (prompt ids, nothing yet, true answer) of each problem.
+    """
+    drawn = [[] for _ in states]
     while True:
         plans = [plan_groups([r.reward for r in rollouts], cfg) for rollouts in drawn]
-        wanted = [i for i, plan in enumerate(plans) for _ in range(plan.more)]
+        wanted = [i for i, plan in enumerate(plans) for _ in range(plan.more)]  # one per answer
         if not wanted:
             return drawn, plans
-        states = [common.initial_state(tokenizer, problems[i]) for i in wanted]
-        rollouts = common.complete(model, tokenizer, states, 1, cfg.max_new_tokens, **options)
+        rollouts = common.complete(
+            model, tokenizer, [states[i] for i in wanted], n=1, max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature, generator=generator, compute=compute,
+        )  # fmt: skip
         for i, r in zip(wanted, rollouts):
             drawn[i].append(r)
 
 
-def localize_prompt(model, tokenizer, questions, seeds, starts, cfg: Config, generator):
+def localize_prompt(
+    model, tokenizer, questions, seeds, starts, cfg: Config, generator, compute=Compute()
+):
     """The step that the policy names when asked, for each seed, and the tokens it wrote.
 
     The question goes through the chat template if there is one; if it leaves no room for a reply,
-    the step is 1. Whatever the policy wrote, no word of question or attempt is a control token.
+    the step is 1.
     """
     prompts, rooms = [], []
     for question, s, cuts in zip(questions, seeds, starts):
@@ -256,11 +301,12 @@ def localize_prompt(model, tokenizer, questions, seeds, starts, cfg: Config, gen
         steps = [tokenizer.decode(s.ids[a:b], skip_special_tokens=True).strip() for a, b in spans]
         ids = common.user_turn(tokenizer, localisation_prompt(question, steps))
         room = common.answer_budget(model, ids, cfg.localiser_tokens)
-        prompts.append(ids if room > 0 else ids[:1])
+        prompts.append(ids if room > 0 else ids[:1])  # with no room nothing is sampled
         rooms.append(max(0, room))
-    stops = common.eos_ids(model, tokenizer)
-    options = dict(max_new_tokens=rooms, eos=stops, temperature=0.3, generator=generator)
-    rollouts = common.sample(model, prompts, **options)
+    rollouts = common.sample(
+        model, prompts, n=1, max_new_tokens=rooms, eos=common.eos_ids(model, tokenizer),
+        temperature=LOCALISER_TEMPERATURE, generator=generator, compute=compute,
+    )  # fmt: skip
     texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
     named = [parse_step(text, len(cuts)) for text, cuts in zip(texts, starts)]
     return named, sum(len(r.ids) for r in rollouts)
@@ -277,12 +323,12 @@ def pick_localiser(cfg: Config, tokenizer) -> str:
     return "prompt" if tokenizer.chat_template else "uncertain"
 
 
-def localize(model, tokenizer, problems, seeds, starts, cfg: Config, generator):
+def localize(model, tokenizer, problems, seeds, starts, cfg: Config, generator, compute=Compute()):
     """The step to go back to for each seed, by the localiser of cfg, and the tokens it took."""
     localiser = pick_localiser(cfg, tokenizer)
     if localiser == "prompt":
         questions = [problem.question for problem in problems]
-        return localize_prompt(model, tokenizer, questions, seeds, starts, cfg, generator)
+        return localize_prompt(model, tokenizer, questions, seeds, starts, cfg, generator, compute)
     named = []
     for problem, s, cuts in zip(problems, seeds, starts):
         if localiser == "random":
@@ -296,34 +342,44 @@ def localize(model, tokenizer, problems, seeds, starts, cfg: Config, generator):
     return named, 0
 
 
-def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator):
-    """Go back to a step of each seed, and continue from there: (list[Reset], localiser's tokens).
-
-    `complete` prefills what a reset keeps once for its whole group.
-    """
+def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator, compute=Compute()):
+    """Go back to a step of each seed, and go on from there: (list[Reset], localiser's tokens)."""
     if not seeds:
         return [], 0
-    how = (cfg.delimiter, cfg.max_steps, common.eos_ids(model, tokenizer))
-    starts = [step_starts(s.ids, tokenizer, *how) for s in seeds]
-    named, tokens = localize(model, tokenizer, problems, seeds, starts, cfg, generator)
-    rows = list(zip(problems, seeds, starts, named))
-    states = [(s.context, s.ids[: cuts[h - 1]], problem.answer) for problem, s, cuts, h in rows]
-    size, options = cfg.resets, dict(temperature=cfg.temperature, generator=generator)
-    rollouts = common.complete(model, tokenizer, states, size, cfg.max_new_tokens, **options)
+    stops = common.eos_ids(model, tokenizer)
+    starts = [step_starts(s.ids, tokenizer, cfg.delimiter, cfg.max_steps, stops) for s in seeds]
+    named, tokens = localize(model, tokenizer, problems, seeds, starts, cfg, generator, compute)
+    states = []
+    for problem, s, cuts, h in zip(problems, seeds, starts, named):
+        kept = s.ids[: cuts[h - 1]]  # steps 1 ... h - 1; none for h = 1
+        states.append((s.context, kept, problem.answer))  # x*
+    # The budget is that of the whole answer, kept steps included.
+    rollouts = common.complete(
+        model, tokenizer, states, n=cfg.resets, max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature, generator=generator, compute=compute,
+    )  # fmt: skip
     resets = []
-    for i, (problem, s, cuts, h) in enumerate(rows):
+    for i, (problem, s, cuts, h) in enumerate(zip(problems, seeds, starts, named)):
         wrong = common.first_wrong_token(s.ids, problem, tokenizer)
-        truth = None if wrong is None else bisect_right(cuts, wrong)
-        resets.append(Reset(problem, s, cuts, h, truth, rollouts[i * size : (i + 1) * size]))
+        truth = None if wrong is None else step_of(wrong, cuts)
+        group = rollouts[i * cfg.resets : (i + 1) * cfg.resets]
+        resets.append(Reset(problem, s, cuts, h, truth, group))
     return resets, tokens
 
 
 class Credit(NamedTuple):
     base: list[list[Sample]]  # one group a problem: answers to its prompt
-    reset: list[list[Sample]]  # one group a reset: continuations of what was kept, their context
+    reset: list[list[Sample]]  # one group a reset: suffixes, whose context holds the kept steps
     resets: list[Reset]
+    accuracy: float  # of the first answers to each prompt, as many from each
     entropy: float  # the policy's mean entropy over the tokens of all drawn answers, nats
-    tokens: dict[str, int]  # sampled for base groups, other seeds, localisation and resets
+    tokens: dict[
+        str, int
+    ]  # sampled for base groups, in answers outside of them, to localise, after resets
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [s for group in self.base + self.reset for s in group]
 
 
 def credit_group(samples: list[Sample], rollouts: list[Rollout]) -> None:
@@ -333,56 +389,67 @@ def credit_group(samples: list[Sample], rollouts: list[Rollout]) -> None:
         s.advantages = [advantage] * len(s.ids)
 
 
-def assign_credit(model, tokenizer, problems, drawn, plans, cfg: Config, generator) -> Credit:
+def assign_credit(
+    model, tokenizer, problems, drawn, plans, cfg: Config, generator, compute=Compute()
+) -> Credit:
     """Drawn answers and what they decided -> base groups, resets of the seeds, reset groups."""
     answers = [[Sample(r.prompt, r.ids) for r in rollouts] for rollouts in drawn]
-    entropy = common.score(model, [s for samples in answers for s in samples], cfg.temperature)
-    base, failed = [], []
+    every = [s for samples in answers for s in samples]
+    # This also fills in the old log-probs, which localisers and a clip look at.
+    entropy = common.score(model, every, cfg.temperature, compute)
+    base, owners, seeds = [], [], []
     for problem, rollouts, samples, plan in zip(problems, drawn, answers, plans):
-        failed += [(problem, samples[i]) for i in plan.seeds]
+        for i in plan.seeds:
+            owners.append(problem)
+            seeds.append(samples[i])
         if plan.base:
             base.append([samples[i] for i in plan.base])
             credit_group(base[-1], [rollouts[i] for i in plan.base])
-    owners, seeds = [problem for problem, _ in failed], [s for _, s in failed]
-    resets, asked = reset_seeds(model, tokenizer, owners, seeds, cfg, generator)
+    resets, asked = reset_seeds(model, tokenizer, owners, seeds, cfg, generator, compute)
     groups = [[Sample(r.prompt, r.ids) for r in reset.group] for reset in resets]
-    if cfg.clip_eps and groups:
-        common.score(model, [s for group in groups for s in group], cfg.temperature)
+    if cfg.clip_eps and groups:  # only a ratio needs the old log-probs of suffixes
+        common.score(model, [s for group in groups for s in group], cfg.temperature, compute)
     for samples, reset in zip(groups, resets):
         credit_group(samples, reset.group)
+    first = plan_groups([], cfg).more  # as every problem gets; later draws hang on rewards
+    rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
     tokens = dict(base=sum(len(s.ids) for group in base for s in group))
-    tokens["seed"] = sum(len(s.ids) for samples in answers for s in samples) - tokens["base"]
+    tokens["seed"] = sum(len(s.ids) for s in every) - tokens["base"]
     tokens["localiser"] = asked
     tokens["reset"] = sum(len(s.ids) for group in groups for s in group)
-    return Credit(base, groups, resets, entropy, tokens)
+    return Credit(
+        base=base, reset=groups, resets=resets, accuracy=sum(rewards) / len(rewards),
+        entropy=entropy, tokens=tokens,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- the run
 
 
-def update(model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str) -> dict:
+def update(
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str, scaler=None,
+    compute=Compute(),
+) -> dict:  # fmt: skip
     """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics."""
-    sums = dict(loss=0.0, clip_fraction=0.0, grad_norm=0.0)
-    steps, tokens = 0, 0
-    for epoch in range(cfg.epochs):
-        order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
-        for i in range(0, len(order), cfg.batch_size):
-            minibatch = order[i : i + cfg.batch_size]
-            loss_sum = 0.0
-            # A sample without signal has gradient 0: it counts as one, and needs no forward pass.
-            for micro in common.micro_batches([s for s in minibatch if any(s.advantages)]):
-                batch = common.collate(micro, model.device)
-                logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
-                loss, clipped = reset_loss(logprobs, batch, len(minibatch), cfg.clip_eps)
-                common.backward(model, loss)
-                loss_sum += loss.item()
-                sums["clip_fraction"] += clipped.sum().item()
-                tokens += batch.mask.sum().item()
-            norm = common.optimizer_step(model, optimizer, schedule, loss_sum, cfg.max_grad_norm)
-            sums["loss"], sums["grad_norm"] = sums["loss"] + loss_sum, sums["grad_norm"] + norm
-            steps += 1
-    over = dict(loss=steps, grad_norm=steps, clip_fraction=max(tokens, 1))
-    return {key: sums[key] / over[key] for key in sums}
+    totals = Counter()
+    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
+        # A sample without signal has gradient 0: it counts in 2G, and needs no forward pass.
+        trained = [s for s in minibatch if any(s.advantages)]
+        loss_sum = 0.0
+        for micro in common.micro_batches(trained, compute.training_tokens):
+            batch = common.collate(micro, model.device)
+            logprobs = common.token_logprobs(
+                model, batch, cfg.temperature, compute=compute
+            )  # (B, T)
+            loss, clipped = reset_loss(logprobs, batch, len(minibatch), cfg.clip_eps)
+            common.backward(loss, scaler)
+            loss_sum += loss.item()
+            totals.update(clip_fraction=clipped.sum().item(), tokens=batch.mask.sum().item())
+        norm = common.optimizer_step(
+            model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
+        )
+        totals.update(updates=1, loss=loss_sum, grad_norm=norm)
+    return common.averages(totals, ("loss", "grad_norm"), ("clip_fraction",))
 
 
 def has_signal(group: list[Sample]) -> bool:
@@ -422,21 +489,37 @@ def locate_counts(resets: list[Reset]) -> dict:
     )
 
 
-def step_counts(credit: Credit) -> dict:
+def step_counts(credit: Credit) -> Counter:
     """What a step adds to the run's counts."""
-    counts = locate_counts(credit.resets)
+    counts = Counter(locate_counts(credit.resets))
     for kind, groups in (("base", credit.base), ("reset", credit.reset)):
         counts[f"{kind}_groups"] = len(groups)
         counts[f"no_signal_{kind}"] = sum(not has_signal(group) for group in groups)
-    return counts | {f"{kind}_tokens": count for kind, count in credit.tokens.items()}
+    for kind, count in credit.tokens.items():
+        counts[f"{kind}_tokens"] = count
+    return counts
 
 
 def rates(counts: dict) -> dict:
-    """Counts as shares of what they are counts of; "" where there is nothing to share."""
+    """Hits as shares of the failures, groups without signal as shares of all; "" where there is
+    none to be a share of."""
     located = ("hit", "at_or_before", "hit_chance", "at_or_before_chance")
-    of = dict.fromkeys(located, "failures")
-    of |= dict(no_signal_base="base_groups", no_signal_reset="reset_groups")
-    return {key: counts[key] / counts[all_] if counts[all_] else "" for key, all_ in of.items()}
+    whole = dict.fromkeys(located, "failures")
+    whole |= dict(no_signal_base="base_groups", no_signal_reset="reset_groups")
+    return {key: counts[key] / counts[n] if counts[n] else "" for key, n in whole.items()}
+
+
+def describe_step(credit: Credit, counts: dict, cfg: Config) -> dict:
+    """A step's metrics that are not the update's (README, "metrics.csv")."""
+    continued = [r.reward for reset in credit.resets for r in reset.group]
+    return dict(
+        reset_accuracy=sum(continued) / len(continued) if continued else "",
+        entropy=credit.entropy,
+        resets=len(credit.resets) / cfg.prompts,
+        **rates(counts),
+        **{key: count for key, count in counts.items() if key.endswith("_tokens")},
+        length=sum(len(s.ids) for s in credit.samples) / len(credit.samples),
+    )
 
 
 def describe_counts(counts: dict, localiser: str) -> str:
@@ -451,7 +534,11 @@ def describe_counts(counts: dict, localiser: str) -> str:
             f"{shares['at_or_before']} (by chance {shares['hit_chance']} and "
             f"{shares['at_or_before_chance']})"
         )
-    silent = [f"{shares[k]} of {k[10:]} groups" for k in shares if k.startswith("no_signal")]
+    silent = [
+        f"{share} of {key.removeprefix('no_signal_')} groups"
+        for key, share in shares.items()
+        if key.startswith("no_signal_")
+    ]
     lines.append(
         f"without signal: {', '.join(silent)}\ntokens: {tokens['base']} in base groups, "
         f"{tokens['seed']} in other seeds, {tokens['localiser']} to localise, "
@@ -472,59 +559,48 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 
 def main() -> None:
     setup = common.set_up(Config, "reset_po", __doc__, TINY, LARGE, headline)
-    cfg, run, folder, train = setup.cfg, setup.run, setup.folder, setup.train
-    model, tokenizer, evaluate = setup.model, setup.tokenizer, setup.evaluate
+    cfg, run, compute = setup.cfg, setup.run, setup.compute
+    model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a step
-    warmup, total = cfg.warmup_updates, cfg.steps * updates
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
-    generator = torch.Generator(model.device).manual_seed(run.seed)
-    trainer = (model, tokenizer, optimizer, schedule, generator)
+    schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
+    trainer = common.make_trainer(setup, optimizer, schedule)
+    generator = trainer.generator
     if cfg.seeds:
         common.say(f"localiser: {pick_localiser(cfg, tokenizer)}")
     progress = common.begin(setup, trainer, counts={})
-    first = plan_groups([], cfg).more  # as many answers as every problem gets
-    for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
-        # 1. Draw answers until each problem has its base group, and its failed seeds if it can.
+    for step, bar in common.training_steps(setup, trainer, progress):
+        # 1. Sample answers until each problem has its base group, and its failed seeds if it can.
         began = time.time()
-        problems = common.batch_at(train, step, cfg.prompts, run.seed)
-        drawn, plans = draw_answers(model, tokenizer, problems, cfg, generator)
+        problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
+        states = [common.initial_state(tokenizer, p, setup.instruction) for p in problems]
+        drawn, plans = draw_answers(model, tokenizer, states, cfg, generator, compute)
 
         # 2. Go back to a step of each seed, continue from there, and compare inside each group.
-        policy = (model, tokenizer)
-        credit = assign_credit(*policy, problems, drawn, plans, cfg, generator)
-        samples = [s for group in credit.base + credit.reset for s in group]
+        credit = assign_credit(model, tokenizer, problems, drawn, plans, cfg, generator, compute)
 
         # 3. Train on the answers of the base groups and on the suffixes of the reset groups.
-        seed = f"{run.seed}-{step}"
-        with common.saved_if_not_finite(folder, step, trainer, progress):
-            metrics = update(model, optimizer, schedule, samples, cfg, seed)
+        shuffle = f"{run.seed}-{step}"
+        with common.saved_if_not_finite(setup, step, trainer, progress):
+            metrics = update(
+                model, optimizer, schedule, credit.samples, cfg, shuffle, scaler=trainer.scaler,
+                compute=compute,
+            )  # fmt: skip
 
-        counts, totals = step_counts(credit), progress["counts"]
-        for key, count in counts.items():
-            totals[key] = totals.get(key, 0) + count
+        # 4. Log.
         progress["sampled_tokens"] += sum(credit.tokens.values())
         progress["seconds"] += time.time() - began
-        rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
-        continued = [r.reward for reset in credit.resets for r in reset.group]
-        common.log_step(
-            folder, run, step, bar, schedule, progress, evaluate,
-            accuracy=sum(rewards) / len(rewards),
-            reset_accuracy=sum(continued) / len(continued) if continued else "",
-            **metrics,
-            entropy=credit.entropy,
-            resets=len(credit.resets) / cfg.prompts,
-            **rates(counts),
-            **{key: count for key, count in counts.items() if key.endswith("_tokens")},
-            length=sum(len(s.ids) for s in samples) / len(samples),
-        )  # fmt: skip
-        if run.show_every and (step + 1) % run.show_every == 0:
-            view = partial(show_answer, credit, tokenizer)
-            common.show(folder, lambda **how: f"step {step + 1}: {view(**how)}")
+        counts = step_counts(credit)
+        for key, count in counts.items():
+            progress["counts"][key] = progress["counts"].get(key, 0) + count
+        metrics = dict(accuracy=credit.accuracy) | metrics | describe_step(credit, counts, cfg)
+        common.log_step(setup, step, bar, schedule, progress, metrics)
+        if common.is_shown(run, step):
+            common.show(setup.folder, step, partial(show_answer, credit, tokenizer))
     totals = progress["counts"]
-    facts = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
+    found = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
     remark = describe_counts(totals, pick_localiser(cfg, tokenizer))
-    common.finish_run(folder, progress, evaluate(), facts, remark)
+    common.finish_run(setup, progress, found, remark)
 
 
 if __name__ == "__main__":

@@ -6,47 +6,66 @@ credit a segment with the value it added (Eq. 2):
 
     A_k = V(state at the end of segment k) - V(state at its start),    V(end of answer) = reward
 
-    chain: answers are cut before unlikely tokens; V(cut) = mean reward of N fresh continuations
-    tree:  M tokens, b times; M more after each, b times; ...; the last to the end. V(node) = mean
-           of V over its children, A(node) = V(node) - V(parent), and each node is trained
+A value changes only where the policy could have gone on otherwise, so a chain is cut before
+unlikely tokens (cutpoints), and both variants train unlikely tokens alone (the mask).
+
+    chain: V of each cut | is the mean reward of N fresh continuations from there
+
+        12+6=1|8 / 18-8=1|1 / #### 1|1   reward 0      A of "8 / 18-8=1"   2/4 - 3/4
+              |          |          |                  A of "1 / #### 1"     0 - 2/4
+          V  3/4        2/4         0                  A of the last "1"     0 - 0
+
+    tree: b continuations of M tokens, b of each of these, ...; the last level runs to the end
+
+        12+6-8 -+- 12+6=18 18-8 -+- =10 #### 10   V = reward = 1    V(node) = mean V of its children
+                |  V = 1/2       +- =11 #### 11   V = reward = 0    A(node) = V(node) - V(parent)
+        V = 1/4 |
+                +- 12+6=19 19-8 -+- =11 #### 11   V = 0             nodes with A != 0 are trained,
+                   V = 0         +- =11 #### 11   V = 0             all tokens of one alike
 
     L = -1/Z sum_t M_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + kl_coef KL(pi || pi_initial)
 
 with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
 elsewhere; Z is the sum of M_t. The KL is k3, summed over a sample's tokens with M_t = 1, mean over
-samples.
+samples, as in the paper.
 
 Departures from the paper, and choices where paper and released code disagree:
  1. Advantages are used as they are. The code whitens them per micro-batch, which can flip signs.
- 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient. Answers
-    without advantage count in it; a tree's nodes without are no samples, and do not.
- 3. The end token is trained, for a policy from scratch must learn to stop. A cut answer has none.
+ 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient. A
+    chain's answers without advantage count in it; a tree's nodes without are dropped, and do not.
+ 3. The end token is trained, for a policy from scratch must learn to stop; the code masks it. An
+    answer that its budget has truncated has none.
  4. Prefixes are cut on token ids, never decoded and tokenised again.
  5. No top-p: the policy that is scored is exactly the one that sampled. The KL is off by default.
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
-    groups, and other problems teach more than other answers to the same one.
+    groups.
  7. Sizes and learning rate, which stays as it is after its warm-up, suit the small policy of the
     built-in task; for other models some are the paper's (LARGE).
- 8. Replay trains at most replay_total nodes a step, and the others wait. The code shuffles and cuts,
-    or repeats, to a fixed number.
+ 8. Replay lets nodes that a step cannot train wait for later ones, off-policy. Here it trains at
+    most replay_total nodes a step; the code shuffles and cuts, or repeats, to a fixed number.
 
-    python spo.py                   65 s on two cores, held-out accuracy 0.22 -> 0.86
-    python spo.py --variant tree    75 s, 0.22 -> 0.93
+    python spo.py                   65 s on two cores, held-out accuracy 0.22 -> 0.88
+    python spo.py --variant tree    75 s, 0.22 -> 0.90
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
+
+Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample` under
+it), `token_logprobs` and `clipped_surrogate`.
 """
 
-import math
+import copy
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
-from common import BadInput, Batch, Problem, Rollout, Sample, arg
+from common import BadInput, Batch, Compute, Problem, Rollout, Sample, arg
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup
 
@@ -65,10 +84,14 @@ class Config:
     segment_tokens: int = arg(
         12, "fixed, tree: tokens of a segment (M); the tree's last may go on", low=1
     )
-    branching: list[int] = arg([2, 2, 2], "tree: children of a node, level by level: 6 6 6", low=2)
+    branching: list[int] = arg(
+        [2, 2, 2], "tree: children of a node, level by level, as in --branching 6 6 6", low=2
+    )
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     replay_age: int = arg(
-        0, "tree: nodes wait up to so many steps to be used; 0: used at once", low=0
+        0,
+        "tree: nodes of the last so many steps, this one included, can be trained; 0: no replay",
+        low=0,
     )
     replay_nodes: int = arg(
         32, "replay: most nodes of a problem in a step; a 2-2-2 tree has 14", low=1
@@ -109,7 +132,7 @@ TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
-LARGE = dict(  # of the paper, for the models of about 1B it trains
+LARGE = dict(  # defaults for a given model on given problems: the paper's, for about 1B
     interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], epochs=2,
     lr=1e-6, kl_coef=1e-4, temperature=0.6,
 )  # fmt: skip
@@ -137,9 +160,9 @@ def segment_starts(probs, interval: int, threshold: float) -> list[int]:
 def chain_advantages(starts: list[int], values: list[float], reward: float, length: int) -> Tensor:
     """(length,) one advantage per response token: a segment's value at its end minus at its start.
 
-    values: V-hat at each of starts. The last segment ends in the answer's own reward, no estimate;
-    tokens before the first start get 0 (Eq. 2). Raises ValueError unless starts ascend in
-    [0, length) and have a value each.
+    values: V-hat at each of starts. The last segment ends in the answer's own reward, no estimate.
+    Tokens before the first start get 0: the policy was sure of them, so no value changed. Raises
+    ValueError unless starts ascend in [0, length) and have a value each.
 
     >>> chain_advantages([1, 4], [0.25, 0.75], reward=0.0, length=6).tolist()
     [0.0, 0.5, 0.5, 0.5, -0.75, -0.75]
@@ -201,6 +224,8 @@ def spo_loss(logprobs: Tensor, batch: Batch, mask: Tensor, normaliser: int, clip
 
 
 class Answer(NamedTuple):
+    """An answer with its credit; of a tree, the path down to a leaf. For metrics and display."""
+
     owner: int  # which of the step's problems it answers
     rollout: Rollout
     starts: list[int]  # its segments' first tokens
@@ -210,13 +235,15 @@ class Answer(NamedTuple):
 class Credit(NamedTuple):
     samples: list[Sample]  # to train on: whole answers (chain), nodes with A != 0 (tree)
     owners: list[int]  # the problem of each sample
-    answers: list[Answer]  # tree: one for each leaf
+    answers: list[Answer]
     accuracy: float  # mean value of the problems, as sampled
     entropy: float  # the policy's, mean over the tokens of `samples`, nats
     tokens: int  # all that were sampled
 
 
-def estimate_values(model, tokenizer, states, cfg: Config, generator) -> tuple[list[float], int]:
+def estimate_values(
+    model, tokenizer, states, cfg: Config, generator, compute=Compute()
+) -> tuple[list[float], int]:
     """V-hat of each state (prompt ids, answer ids so far, true answer), and the tokens it took.
 
     The mean reward of N fresh continuations by the sampling policy, each within what is left of
@@ -224,12 +251,12 @@ def estimate_values(model, tokenizer, states, cfg: Config, generator) -> tuple[l
     """
     states = [(tuple(prompt), tuple(done), answer) for prompt, done, answer in states]
     distinct = list(dict.fromkeys(states))
-    size, options = cfg.continuations, dict(temperature=cfg.temperature, generator=generator)
     rollouts = common.complete(
-        model, tokenizer, distinct, size, cfg.max_new_tokens, **options, bar="estimating values"
-    )
-    values = torch.tensor([r.reward for r in rollouts]).view(-1, size).mean(1)  # (distinct,)
-    value_of = dict(zip(distinct, values.tolist()))
+        model, tokenizer, distinct, n=cfg.continuations, max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature, generator=generator, compute=compute, bar="estimating values",
+    )  # fmt: skip
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.continuations)
+    value_of = dict(zip(distinct, rewards.mean(1).tolist()))
     return [value_of[state] for state in states], sum(len(r.ids) for r in rollouts)
 
 
@@ -245,30 +272,38 @@ def boundaries(s: Sample, model, tokenizer, cfg: Config) -> list[int]:
         return list(range(0, len(s.ids), cfg.segment_tokens))
     if cfg.partition == "newline":
         stops = common.eos_ids(model, tokenizer)
-        return common.step_starts(s.ids, tokenizer, "\n", len(s.ids), stops)
+        return common.step_starts(s.ids, tokenizer, "\n", max_steps=len(s.ids), stops=stops)
     return [0]
 
 
-def assign_credit(model, tokenizer, rollouts, answers, cfg: Config, generator) -> Credit:
+def assign_credit(
+    model, tokenizer, rollouts, answers, cfg: Config, generator, compute=Compute()
+) -> Credit:
     """SPO-chain: rewarded rollouts, group_size to a prompt, and their true answers -> credit."""
     samples = [Sample(r.prompt, r.ids) for r in rollouts]
-    entropy = common.score(model, samples, cfg.temperature)
+    # This also fills in each sample's old log-probs.
+    entropy = common.score(model, samples, cfg.temperature, compute)
     starts = [boundaries(s, model, tokenizer, cfg) for s in samples]
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
     if cfg.partition == "trajectory":  # GRPO: the value of the prompt is the mean of its group
-        flat, tokens = rewards.mean(1).repeat_interleave(cfg.group_size).tolist(), 0
+        values = rewards.mean(1).repeat_interleave(cfg.group_size).tolist()
+        tokens = 0
     else:
-        triples = zip(samples, answers, starts)
-        states = [(s.context, s.ids[:t], answer) for s, answer, cuts in triples for t in cuts]
-        flat, tokens = estimate_values(model, tokenizer, states, cfg, generator)
-    values = iter(flat)  # one per boundary, in order
-    for s, r, cuts in zip(samples, rollouts, starts):
-        advantages = chain_advantages(cuts, [next(values) for _ in cuts], r.reward, len(r.ids))
-        s.advantages = advantages.tolist()
-    owners = [i // cfg.group_size for i in range(len(rollouts))]
-    credited = list(map(Answer, owners, rollouts, starts, [s.advantages for s in samples]))
-    tokens += sum(len(r.ids) for r in rollouts)
-    return Credit(samples, owners, credited, rewards.mean().item(), entropy, tokens)
+        states = []
+        for s, answer, cuts in zip(samples, answers, starts):
+            states += [(s.context, s.ids[:t], answer) for t in cuts]
+        values, tokens = estimate_values(model, tokenizer, states, cfg, generator, compute)
+    credited, used = [], 0  # of `values`: one per boundary, answer by answer
+    for i, (s, r, cuts) in enumerate(zip(samples, rollouts, starts)):
+        own = values[used : used + len(cuts)]
+        used += len(cuts)
+        s.advantages = chain_advantages(cuts, own, r.reward, len(r.ids)).tolist()
+        credited.append(Answer(i // cfg.group_size, r, cuts, s.advantages))
+    return Credit(
+        samples=samples, owners=[a.owner for a in credited], answers=credited,
+        accuracy=rewards.mean().item(), entropy=entropy,
+        tokens=tokens + sum(len(r.ids) for r in rollouts),
+    )  # fmt: skip
 
 
 class Tree(NamedTuple):
@@ -282,33 +317,39 @@ class Tree(NamedTuple):
         return [node] if self.parents[node] < 0 else [*self.path(self.parents[node]), node]
 
 
-def grow_trees(model, tokenizer, states, cfg: Config, generator) -> Tree:
+def grow_trees(model, tokenizer, states, cfg: Config, generator, compute=Compute()) -> Tree:
     """A tree from each state. A node that was cut after segment_tokens gets children, one that
     ended is a leaf; on the last level answers run to their end."""
-    states, level = list(states), list(range(len(states)))  # one per node; the nodes to expand
+    states = list(states)  # one per node
     tree = Tree([Rollout(prompt, [], False) for prompt, _, _ in states], [-1] * len(states))
-    longest, options = cfg.max_new_tokens, dict(temperature=cfg.temperature, generator=generator)
+    level = list(range(len(states)))  # the nodes to expand
     for depth, width in enumerate(cfg.branching, 1):
-        expanded, limit = level, cfg.segment_tokens if depth < len(cfg.branching) else None
-        at, size = [states[node] for node in expanded], (width, longest, limit)
-        rollouts, level = common.complete(model, tokenizer, at, *size, **options), []
+        rollouts = common.complete(
+            model, tokenizer, [states[node] for node in level], n=width,
+            max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, generator=generator,
+            limit=cfg.segment_tokens if depth < len(cfg.branching) else None, compute=compute,
+        )  # fmt: skip
+        expanded, level = level, []
         for i, r in enumerate(rollouts):
+            parent = expanded[i // width]
             tree.nodes.append(r)
-            tree.parents.append(expanded[i // width])
-            prompt, done, answer = states[expanded[i // width]]
+            tree.parents.append(parent)
+            prompt, done, answer = states[parent]
             states.append((prompt, [*done, *r.ids], answer))
-            room = common.answer_budget(model, prompt, longest) - len(done) - len(r.ids)
-            if room and not r.finished:
+            budget = common.answer_budget(model, prompt, cfg.max_new_tokens)
+            # A node that has used up the whole answer's budget is a leaf too.
+            if not r.finished and len(done) + len(r.ids) < budget:
                 level.append(len(tree.nodes) - 1)
     return tree
 
 
-def credit_trees(model, tree: Tree, cfg: Config) -> Credit:
+def credit_trees(model, tree: Tree, cfg: Config, compute=Compute()) -> Credit:
     """SPO-tree: each node with A != 0 is a sample. What stands above it is the context, and all
     tokens of its own segment have its advantage."""
-    rewards, inner = [node.reward for node in tree.nodes], {*tree.parents}
+    rewards = [node.reward for node in tree.nodes]
     values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
     samples, owners, answers = [], [], []
+    inner = {*tree.parents}
     for i, (node, advantage) in enumerate(zip(tree.nodes, advantages)):
         root, *path = tree.path(i)
         if advantage:
@@ -321,17 +362,21 @@ def credit_trees(model, tree: Tree, cfg: Config) -> Credit:
             credits = [advantages[j] for j in path for _ in tree.nodes[j].ids]
             rollout = Rollout(prompt, ids, node.finished, node.reward)
             answers.append(Answer(root, rollout, starts, credits))
-    entropy = common.score(model, samples, cfg.temperature) if samples else 0.0
-    roots, tokens = tree.parents.count(-1), sum(len(node.ids) for node in tree.nodes)
-    return Credit(samples, owners, answers, sum(values[:roots]) / roots, entropy, tokens)
+    entropy = common.score(model, samples, cfg.temperature, compute) if samples else 0.0
+    roots = tree.parents.count(-1)
+    return Credit(
+        samples=samples, owners=owners, answers=answers, accuracy=sum(values[:roots]) / roots,
+        entropy=entropy, tokens=sum(len(node.ids) for node in tree.nodes),
+    )  # fmt: skip
 
 
 def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[Sample], list]:
     """The samples to train on in this step, and what waits for later ones.
 
-    waiting: (step it was sampled in, question, a Sample's fields). What is replay_age steps old is
-    dropped. At most replay_nodes of a question and replay_total of all are drawn, each to be used
-    once, with the advantages and log-probs that it was sampled with.
+    waiting: (step it was sampled in, question, a Sample's fields), this step's own among them. What
+    is replay_age steps old is dropped, so at an age of 1 nothing waits. At most replay_nodes of a
+    question and replay_total of all are drawn, each to be used once, with the advantages and
+    log-probs that it was sampled with.
     """
     drawn, later, count = [], [], Counter()
     recent = [entry for entry in waiting if step - entry[0] < cfg.replay_age]
@@ -348,61 +393,178 @@ def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[
 # -------------------------------------------------------------------------------------- the run
 
 
-def update(model, optimizer, schedule, samples, cfg: Config, seed: str, reference=None) -> dict:
-    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics."""
-    sums = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0)
-    sums |= dict(kl_ref=0.0) if reference else {}
-    steps, tokens = 0, 0
-    for epoch in range(cfg.epochs):
-        order = random.Random(f"{seed}-{epoch}").sample(samples, len(samples))
-        parts = math.ceil(len(order) / (cfg.batch_size or len(order) or 1))
-        for minibatch in (order[i::parts] for i in range(parts)):  # of one size, give or take one
-            z = trained_tokens(common.collate(minibatch), cfg).sum().item()
-            loss_sum = 0.0
-            # A sample without signal has gradient 0: it counts in Z, and needs no forward pass.
-            trained = [s for s in minibatch if reference or any(s.advantages)]
-            for micro in common.micro_batches(trained):
-                batch = common.collate(micro, model.device)
-                mask = trained_tokens(batch, cfg)  # (B, T)
-                logprobs = common.token_logprobs(model, batch, cfg.temperature)  # (B, T)
-                loss, clipped = spo_loss(logprobs, batch, mask, z, cfg.clip_eps)
-                if reference:
-                    with torch.no_grad():
-                        ref_logprobs = common.token_logprobs(reference, batch, cfg.temperature)
-                    divergence = (common.k3(ref_logprobs - logprobs) * mask).sum()
-                    loss = loss + cfg.kl_coef * divergence / len(minibatch)
-                    sums["kl_ref"] += divergence.item()
-                common.backward(model, loss)
-                loss_sum += loss.item()
-                moved = common.k3(logprobs.detach() - batch.old_logprobs)  # (B, T)
-                sums["kl"] += (moved * mask).sum().item()
-                sums["clip_fraction"] += clipped.sum().item()
-                tokens += mask.sum().item()
-            norm = common.optimizer_step(model, optimizer, schedule, loss_sum, cfg.max_grad_norm)
-            sums["loss"], sums["grad_norm"] = sums["loss"] + loss_sum, sums["grad_norm"] + norm
-            steps += 1
-    per_step = ("loss", "grad_norm")  # the others are means over tokens
-    return {key: sums[key] / max(steps if key in per_step else tokens, 1) for key in sums}
+def reference_policy(setup: common.Setup):
+    """The policy that the run began with, to stay as it is; setup.model is what it has become."""
+    run, device = setup.run, setup.model.device
+    if not run.resume:
+        return copy.deepcopy(setup.model).requires_grad_(False)
+    source = run.model or common.warm_start(run, setup.train, device, setup.compute.dtype)
+    return common.load_policy(source, device)[0].requires_grad_(False)
+
+
+def update(
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str, reference=None,
+    scaler=None, compute=Compute(),
+) -> dict:  # fmt: skip
+    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics.
+
+    reference: the initial policy, for the KL; None where there is none.
+    """
+    totals = Counter()
+    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
+        z = trained_tokens(common.collate(minibatch), cfg).sum().item()
+        # A sample without signal has gradient 0: it counts in Z, and needs no forward pass.
+        trained = [s for s in minibatch if reference or any(s.advantages)]
+        loss_sum = 0.0
+        for micro in common.micro_batches(trained, compute.training_tokens):
+            batch = common.collate(micro, model.device)
+            mask = trained_tokens(batch, cfg)  # (B, T)
+            logprobs = common.token_logprobs(
+                model, batch, cfg.temperature, compute=compute
+            )  # (B, T)
+            loss, clipped = spo_loss(logprobs, batch, mask, z, cfg.clip_eps)
+            if reference:
+                with torch.no_grad():
+                    initial = common.token_logprobs(
+                        reference, batch, cfg.temperature, compute=compute
+                    )  # (B, T)
+                divergence = (common.k3(initial - logprobs) * mask).sum()
+                loss = loss + cfg.kl_coef * divergence / len(minibatch)
+                totals["kl_ref"] += divergence.item()
+            common.backward(loss, scaler)
+            loss_sum += loss.item()
+            totals.update(diagnose(logprobs.detach(), batch, mask, clipped))
+        norm = common.optimizer_step(
+            model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
+        )
+        totals.update(updates=1, loss=loss_sum, grad_norm=norm)
+    per_update = ("loss", "grad_norm")
+    per_token = ("kl", "clip_fraction", "kl_ref") if reference else ("kl", "clip_fraction")
+    return common.averages(totals, per_update, per_token)
+
+
+def diagnose(logprobs: Tensor, batch: Batch, mask: Tensor, clipped: Tensor) -> dict:
+    """Sums over the trained tokens; the KL is that of pi_old to pi, how far updates have come."""
+    moved = common.k3(logprobs - batch.old_logprobs)  # (B, T)
+    return dict(
+        kl=(moved * mask).sum().item(),
+        clip_fraction=clipped.sum().item(),
+        tokens=mask.sum().item(),
+    )
+
+
+def describe_step(credit: Credit, samples: list[Sample], cfg: Config) -> dict:
+    """A step's metrics that are not the update's (README, "metrics.csv")."""
+    count = len(credit.answers)
+    segments = [a.advantages[t] for a in credit.answers for t in a.starts]
+    credited = sum(advantage != 0 for advantage in segments)
+    return dict(
+        entropy=credit.entropy,
+        no_signal=sum(not any(a.advantages) for a in credit.answers) / count,
+        boundaries=len(segments) / count,
+        trained=len(samples) if cfg.variant == "tree" else credited,  # nodes, or segments
+        length=sum(len(a.rollout.ids) for a in credit.answers) / count,
+    )
+
+
+# --------------------------------------------------------------- credit beside the truth, display
+
+
+def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[bool, float]:
+    """Does the most negative segment hold token `wrong`? And by chance: its share of the tokens.
+
+    No negative segment is a miss with chance 0. Of equally negative ones the first counts.
+    """
+    negative = [start for start in starts if advantages[start] < 0]
+    if not negative:
+        return False, 0.0
+    start = min(negative, key=lambda start: advantages[start])
+    end = min([later for later in starts if later > start], default=len(advantages))
+    return start <= wrong < end, (end - start) / len(advantages)
+
+
+def count_hits(counts: dict, problems: list[Problem], answers: list[Answer], tokenizer) -> None:
+    """Add to the counts of `credit_hit` the answers that failed where the task knows where."""
+    for a in answers:
+        wrong = common.first_wrong_token(a.rollout.ids, problems[a.owner], tokenizer)
+        if not a.rollout.reward and wrong is not None:
+            hit, chance = credit_hit(a.starts, a.advantages, wrong)
+            counts["failures"] += 1
+            counts["hits"] += int(hit)
+            counts["chance"] += chance
+
+
+def hit_rates(counts: dict) -> tuple[dict, str]:
+    """What `count_hits` has counted, for summary.json and in words."""
+    if not (failures := counts["failures"]):
+        return {}, ""
+    hit, chance = counts["hits"] / failures, counts["chance"] / failures
+    remark = (
+        f"credit: the most negative segment held the first wrong token in {hit:.0%} of "
+        f"{failures:,} failures (by chance {chance:.0%})\n"
+    )
+    return dict(failures=failures, credit_hit=hit, credit_chance=chance), remark
+
+
+def fact_results(ids: list[int], facts, tokenizer) -> set[int]:
+    """Tokens of an answer to the built-in task in which the result of one of `facts` is stated."""
+    pieces = [tokenizer.decode([id]) for id in ids]
+    lines = re.finditer(r"^(\d+)([+-]\d)=(\d+)", "".join(pieces), re.MULTILINE | re.ASCII)
+    spans = [m.span(3) for m in lines if (int(m[1][-1]), int(m[2])) in facts]
+    begins = [0, *accumulate(map(len, pieces))]
+    return {t for t in range(len(ids)) if any(a <= begins[t] < b for a, b in spans)}
+
+
+def places_of(rows: list[tuple[list[int], list[int]]], facts, tokenizer) -> str:
+    """What the marked tokens of answers fall on, beside what all tokens do, in words: "1% begin a
+    step (of all tokens 13%), ...".
+
+    rows: (an answer's ids, the indices marked). facts: `wrong_facts`, or None on other tasks.
+    """
+    kinds = ["begin a step", "state what the warm start has learned wrong"]
+    marked_count = all_count = 0
+    marked_on, all_on = Counter(), Counter()
+    for ids, marked in rows:
+        steps = {*common.step_starts(ids, tokenizer, "\n", max_steps=len(ids))}
+        results = fact_results(ids, facts or (), tokenizer)
+        marked_count += len(marked)
+        all_count += len(ids)
+        for kind, places in zip(kinds, (steps, results)):
+            marked_on[kind] += len(places & {*marked})
+            all_on[kind] += len(places)
+    shares = [
+        f"{marked_on[kind] / max(marked_count, 1):.0%} {kind} "
+        f"(of all tokens {all_on[kind] / all_count:.0%})"
+        for kind in (kinds[:1] if facts is None else kinds)
+    ]
+    return ", ".join(shares)
 
 
 def pick_answer(credit: Credit) -> int:
     """Index of the answer to show: the first failure that got any credit, else the first."""
-    failed = (i for i, a in enumerate(credit.answers) if any(a.advantages) and not a.rollout.reward)
-    return next(failed, 0)
+    for i, a in enumerate(credit.answers):
+        if any(a.advantages) and not a.rollout.reward:
+            return i
+    return 0
 
 
 def show_answer(
-    problems, credit: Credit, places: str, tokenizer, cfg: Config, colour: bool, width: int
+    problems, credit: Credit, facts, tokenizer, cfg: Config, colour: bool, width: int
 ) -> str:
-    """SPO-chain: an answer of the step with its credit. places: what the cutpoints of all are."""
+    """SPO-chain: an answer of the step with its credit, and what the step's cutpoints fall on."""
     i = pick_answer(credit)
     owner, r, starts, advantages = credit.answers[i]
     title, notes = common.answer_notes(problems[owner], r, tokenizer)
-    pieces, marked = [tokenizer.decode([id]) for id in r.ids], {*cutpoints(credit.samples[i], cfg)}
-    for t in marked - {*starts} if cfg.partition == "cutpoint" else marked:
+    pieces = [tokenizer.decode([id]) for id in r.ids]
+    marked = {*cutpoints(credit.samples[i], cfg)}
+    if cfg.partition == "cutpoint":
+        marked -= {*starts}  # these have a bar
+    for t in marked:
         pieces[t] = "'" + pieces[t]
     labels = {t: f"{advantages[t]:+.2f}" for t in starts}
     lines = common.credit_lines(pieces, advantages, labels, notes, colour)
+    rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
+    places = places_of(rows, facts, tokenizer)
     legend = f"  | a segment, ' a cutpoint within; cutpoints of this step:\n  {places}"
     return "\n".join([title, *lines, legend])
 
@@ -413,26 +575,34 @@ def show_tree(
     """SPO-tree: the tree of a problem, a node a line. Where all answers are right or all wrong
     nothing has credit, and only the node above them is shown."""
     owner = credit.answers[pick_answer(credit)].owner
-    rewards, problem = [node.reward for node in tree.nodes], problems[owner]
+    problem, prompt = problems[owner], tree.nodes[owner].prompt
+    rewards = [node.reward for node in tree.nodes]
     values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
     tail = f", V {values[owner]:.2f}"
     lines = [common.fit(common.problem_title(problem), width - len(tail)) + tail]
     paths = {i: tree.path(i) for i in range(len(tree.nodes))}
-    for i in sorted(paths, key=paths.get):  # depth first
-        root, node = paths[i][0], tree.nodes[i]
-        if root == owner != i and 0 < values[tree.parents[i]] < 1:
-            ids = [*node.prompt, *node.ids][len(tree.nodes[root].prompt) :]
-            wrong = common.first_wrong_token(ids, problem, tokenizer)
-            mark = "!" if wrong is not None and wrong >= len(ids) - len(node.ids) else " "
-            head = f"{'    ' * (len(paths[i]) - 1)}V {values[i]:.2f} A {advantages[i]:+.2f} {mark} "
-            text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), width - len(head))
-            lines.append(head + (common.paint(text, advantages[i]) if colour else text))
-    return "\n".join(lines + ["  ! the first wrong token is in this node"] * problem.checkable)
+    below = [i for i, path in paths.items() if path[0] == owner and i != owner]
+    for i in sorted(below, key=paths.get):  # depth first
+        if values[tree.parents[i]] in (0, 1):
+            continue
+        node = tree.nodes[i]
+        ids = [*node.prompt, *node.ids][len(prompt) :]
+        wrong = common.first_wrong_token(ids, problem, tokenizer)
+        mark = "!" if wrong is not None and wrong >= len(ids) - len(node.ids) else " "
+        indent = "    " * (len(paths[i]) - 1)
+        head = f"{indent}V {values[i]:.2f} A {advantages[i]:+.2f} {mark} "
+        text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), width - len(head))
+        lines.append(head + (common.paint(text, advantages[i]) if colour else text))
+    if problem.checkable:
+        lines.append("  ! the first wrong token is in this node")
+    return "\n".join(lines)
 
 
 def headline(cfg: Config, train: list[Problem]) -> str:
-    tree = f"segments of {cfg.segment_tokens} tokens, branching {'-'.join(map(str, cfg.branching))}"
-    how = tree if cfg.variant == "tree" else f"partition {cfg.partition}"
+    how = f"partition {cfg.partition}"
+    if cfg.variant == "tree":
+        branching = "-".join(map(str, cfg.branching))
+        how = f"segments of {cfg.segment_tokens} tokens, branching {branching}"
     sizes = f"{cfg.steps} steps of {cfg.prompts} problems"
     sizes += f" x {cfg.group_size} answers" if cfg.group_size > 1 else ""
     return f"SPO-{cfg.variant}: {sizes}, {how}, mask {'on' if cfg.mask else 'off'}"
@@ -440,66 +610,63 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 
 def main() -> None:
     setup = common.set_up(Config, "spo", __doc__, TINY, LARGE, headline)
-    cfg, run, folder, train = setup.cfg, setup.run, setup.folder, setup.train
-    model, tokenizer, evaluate = setup.model, setup.tokenizer, setup.evaluate
+    cfg, run, compute = setup.cfg, setup.run, setup.compute
+    model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
-    generator = torch.Generator(model.device).manual_seed(run.seed)
-    trainer = (model, tokenizer, optimizer, schedule, generator)
-    reference = common.reference_policy(run, train, model) if cfg.kl_coef else None
-    facts = common.wrong_facts(run.seed) if train[0].checkable else None
-    counts = dict(failures=0, hits=0, chance=0.0, waiting=[])
-    progress = common.begin(setup, trainer, **counts)
-    for step, bar in common.training_steps(folder, run, cfg.steps, trainer, progress):
-        # 1. Sample answers or trees, and credit each segment with the value it added.
+    trainer = common.make_trainer(setup, optimizer, schedule)
+    generator = trainer.generator
+    reference = reference_policy(setup) if cfg.kl_coef else None
+    facts = common.wrong_facts(run.seed) if setup.train[0].checkable else None
+    progress = common.begin(setup, trainer, failures=0, hits=0, chance=0.0, waiting=[])
+    for step, bar in common.training_steps(setup, trainer, progress):
+        # 1. Sample answers, or trees, from problems.
         began = time.time()
-        problems = common.batch_at(train, step, cfg.prompts, run.seed)
-        states = [common.initial_state(tokenizer, problem) for problem in problems]
+        problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
+        states = [common.initial_state(tokenizer, p, setup.instruction) for p in problems]
         if cfg.variant == "tree":
-            tree = grow_trees(model, tokenizer, states, cfg, generator)
-            credit = credit_trees(model, tree, cfg)
+            tree = grow_trees(model, tokenizer, states, cfg, generator, compute)
         else:
-            size, options = (cfg.group_size, cfg.max_new_tokens), dict(temperature=cfg.temperature)
-            options |= dict(generator=generator)
-            rollouts = common.complete(model, tokenizer, states, *size, **options)
+            rollouts = common.complete(
+                model, tokenizer, states, n=cfg.group_size, max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature, generator=generator, compute=compute,
+            )  # fmt: skip
+
+        # 2. Credit each segment with the value it added.
+        if cfg.variant == "tree":
+            credit = credit_trees(model, tree, cfg, compute)
+        else:
             answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
-            credit = assign_credit(model, tokenizer, rollouts, answers, cfg, generator)
+            credit = assign_credit(model, tokenizer, rollouts, answers, cfg, generator, compute)
 
-        # 2. Train on them.
-        seed, samples, waiting = f"{run.seed}-{step}", credit.samples, []
+        # 3. Train on them.
+        samples, shuffle = credit.samples, f"{run.seed}-{step}"
         if cfg.replay_age:
-            owned = zip(credit.owners, samples)
-            new = [(step, problems[owner].question, vars(s)) for owner, s in owned]
-            samples, waiting = draw_replay(progress["waiting"] + new, step, cfg, seed)
-        with common.saved_if_not_finite(folder, step, trainer, progress):
-            metrics = update(model, optimizer, schedule, samples, cfg, seed, reference)
+            questions = [problems[owner].question for owner in credit.owners]
+            new = [(step, q, vars(s)) for q, s in zip(questions, samples)]
+            samples, later = draw_replay(progress["waiting"] + new, step, cfg, shuffle)
+        with common.saved_if_not_finite(setup, step, trainer, progress):
+            metrics = update(
+                model, optimizer, schedule, samples, cfg, shuffle, reference=reference,
+                scaler=trainer.scaler, compute=compute,
+            )  # fmt: skip
 
-        for owner, *credited in credit.answers:
-            common.count_hit(progress, problems[owner], *credited, tokenizer)
-        progress["waiting"] = waiting
+        # 4. Log.
+        if cfg.replay_age:
+            progress["waiting"] = later
         progress["sampled_tokens"] += credit.tokens
         progress["seconds"] += time.time() - began
-        count = len(credit.answers)
-        segments = [a.advantages[t] for a in credit.answers for t in a.starts]
-        common.log_step(
-            folder, run, step, bar, schedule, progress, evaluate,
-            accuracy=credit.accuracy,
-            **metrics,
-            entropy=credit.entropy,
-            no_signal=sum(not any(a.advantages) for a in credit.answers) / count,
-            boundaries=len(segments) / count,
-            trained=len(samples) if cfg.variant == "tree" else sum(map(bool, segments)),
-            length=sum(len(a.rollout.ids) for a in credit.answers) / count,
-        )  # fmt: skip
-        if run.show_every and (step + 1) % run.show_every == 0:
+        count_hits(progress, problems, credit.answers, tokenizer)
+        metrics = dict(accuracy=credit.accuracy) | metrics | describe_step(credit, samples, cfg)
+        common.log_step(setup, step, bar, schedule, progress, metrics)
+        if common.is_shown(run, step):
             if cfg.variant == "tree":
                 view = partial(show_tree, problems, tree, credit, tokenizer, cfg)
             else:
-                rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
-                places = common.places_of(rows, facts, tokenizer)
-                view = partial(show_answer, problems, credit, places, tokenizer, cfg)
-            common.show(folder, lambda **how: f"step {step + 1}: {view(**how)}")
-    common.finish_run(folder, progress, evaluate(), *common.hit_rates(progress))
+                view = partial(show_answer, problems, credit, facts, tokenizer, cfg)
+            common.show(setup.folder, step, view)
+    facts_found, remark = hit_rates(progress)
+    common.finish_run(setup, progress, facts_found, remark)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def install(script) -> None:
     @hook("sample")
     def sample(real, model, prefixes, n=1, **options):
         modes_are_right(model)
+        assert options["compute"] is state["setup"].compute, "not the run's precision"
         rollouts = real(model, prefixes, n, **options)
         assert len(rollouts) == len(prefixes) * n
         if not state["evaluating"]:
@@ -75,12 +76,13 @@ def install(script) -> None:
         return rollouts
 
     @hook("token_logprobs")
-    def token_logprobs(real, model, batch, temperature=1.0, with_entropy=False):
+    def token_logprobs(real, model, batch, temperature=1.0, with_entropy=False, compute=None):
         if "setup" not in state:  # of the warm start
-            return real(model, batch, temperature, with_entropy)
+            return real(model, batch, temperature, with_entropy, compute)
+        assert compute is state["setup"].compute, "not the run's precision"
         modes_are_right(model)
         assert temperature == state["setup"].cfg.temperature
-        result = real(model, batch, temperature, with_entropy)
+        result = real(model, batch, temperature, with_entropy, compute)
         if with_entropy:
             assert not torch.is_grad_enabled()
             seen["scores" if len(seen["scored"]) == 1 else "scores of resets"].append(
@@ -91,12 +93,12 @@ def install(script) -> None:
         return result
 
     @hook("score")
-    def score(real, model, samples, temperature):
+    def score(real, model, samples, temperature, compute):
         seen["scored"].append(len(samples))
-        return real(model, samples, temperature)
+        return real(model, samples, temperature, compute)
 
     @hook("optimizer_step")
-    def optimizer_step(real, model, optimizer, schedule, loss, max_grad_norm):
+    def optimizer_step(real, model, optimizer, schedule, loss, max_grad_norm, scaler):
         modes_are_right(model)
         assert type(optimizer) is torch.optim.AdamW and max_grad_norm == 0.7
         (group,) = optimizer.param_groups
@@ -104,21 +106,23 @@ def install(script) -> None:
         assert options.items() <= group.items() and not group["maximize"]
         assert {*map(id, group["params"])} == {*map(id, model.parameters())}
         grads = [p.grad.double().norm() ** 2 for p in model.parameters() if p.grad is not None]
-        norm = real(model, optimizer, schedule, loss, max_grad_norm)
+        norm = real(model, optimizer, schedule, loss, max_grad_norm, scaler)
         close(norm, math.sqrt(sum(grads)), "norm")
         state["updates"] += 1
         seen["steps"].append((loss, norm))
         return norm
 
     @hook("evaluate")
-    def evaluate(real, model, tokenizer, problems, samples, longest, temperature, seed):
+    def evaluate(real, model, tokenizer, problems, **options):
         cfg, run = state["setup"].cfg, state["setup"].run
-        assert (samples, seed) == (run.eval_samples, run.seed) and len(
+        samples, longest = options["samples"], options["max_new_tokens"]
+        temperature = options["temperature"]
+        assert (samples, options["seed"]) == (run.eval_samples, run.seed) and len(
             problems
         ) == run.eval_problems
         assert (longest, temperature) == (cfg.max_new_tokens, cfg.temperature)
         state["evaluating"], seen["evaluation"] = True, []
-        result = real(model, tokenizer, problems, samples, longest, temperature, seed)
+        result = real(model, tokenizer, problems, **options)
         state["evaluating"] = False
         (sampled, n, drawn), (greedy, one, best) = seen.pop("evaluation")
         assert (n, one) == (samples, 1) and len(sampled) == len(greedy) == len(problems)
@@ -144,7 +148,7 @@ def install(script) -> None:
     script.update = update
 
     @hook("log_step")
-    def log_step(real, folder, run, step, bar, schedule, progress, evaluate, **row):
+    def log_step(real, setup, step, bar, schedule, progress, row):
         expected = count(script, row)
         for key, value in expected.items():
             if value == "":
@@ -154,13 +158,13 @@ def install(script) -> None:
         assert set(row) == set(expected), set(row) ^ set(expected)
         assert progress["sampled_tokens"] == state["tokens"] and progress["step"] == step
         close(schedule.get_last_lr()[0], learning_rate(script), "lr")
-        dtype = common.DTYPES[run.dtype]
+        dtype = common.DTYPES[setup.run.dtype]
         assert {*seen["dtypes"]} == {dtype}, "sampling, scoring and updates differ in dtype"
         seen.clear()
-        return real(folder, run, step, bar, schedule, progress, evaluate, **row)
+        return real(setup, step, bar, schedule, progress, row)
 
     @hook("finish_run")
-    def finish_run(real, folder, progress, after, facts={}, remark=""):
+    def finish_run(real, setup, progress, facts={}, remark=""):
         if script.__name__ == "spo" and (failures := state["truth"]["failures"]):
             assert facts["failures"] == failures
             close(facts["credit_hit"], state["truth"]["hits"] / failures, "credit_hit")
@@ -170,7 +174,7 @@ def install(script) -> None:
             for key, value in (dict(state["truth"]) | shares).items():
                 assert value == "" or math.isclose(facts[key], value), (key, facts[key], value)
             assert set(facts) == {key for key in state["truth"] if shares.get(key) != ""}
-        real(folder, progress, after, facts, remark)
+        real(setup, progress, facts, remark)
         print("audited")
 
 
@@ -252,7 +256,10 @@ def problem_of(prompt_ids: list[int]):
     """The training problem that was asked."""
     setup = state["setup"]
     if "by_prompt" not in state:
-        pairs = ((tuple(common.prompt_ids(setup.tokenizer, p)), p) for p in setup.train)
+        pairs = (
+            (tuple(common.prompt_ids(setup.tokenizer, p, setup.instruction)), p)
+            for p in setup.train
+        )
         state["by_prompt"] = dict(pairs)
     return state["by_prompt"][tuple(prompt_ids)]
 

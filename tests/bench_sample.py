@@ -37,18 +37,19 @@ def timed(device, work) -> tuple[float, object]:
     return clock(device) - began, result
 
 
+DEVICE, DTYPE = common.pick_device(common.RunConfig())
+HERE = common.Compute(dtype=DTYPE, training_tokens=common.training_tokens(DEVICE))
+
+
 def policy(shape: str = ""):
     """(model, tokenizer, problems): the warm start, or random weights in a shape of memory.py."""
     run = common.RunConfig()
-    device, dtype = common.pick_device(run)
-    common.LIMITS["training_tokens"] = common.training_tokens(device)
     problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
     if not shape:
-        folder = common.warm_start(run, problems, device, dtype)
-        return *common.load_policy(folder, device, dtype), problems
+        folder = common.warm_start(run, problems, DEVICE, DTYPE)
+        return *common.load_policy(folder, DEVICE), problems
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(memory.config(shape)).to(device).eval()
-    model.compute_dtype = dtype
+    model = Qwen2ForCausalLM(memory.config(shape)).to(DEVICE).eval()
     return model, common.build_tokenizer(), problems
 
 
@@ -103,7 +104,7 @@ def generate(model, tokenizer, prompts: list[list[int]], n: int) -> list[list[in
     """transformers' own sampling, its settings those of `common.sample`."""
     end, tokenizer.padding_side = tokenizer.eos_token_id, "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    with common.autocast(model):
+    with HERE.autocast(model.device):
         out = model.generate(
             **padded, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=n,
             max_new_tokens=BUDGET, eos_token_id=end, pad_token_id=end,
@@ -113,7 +114,7 @@ def generate(model, tokenizer, prompts: list[list[int]], n: int) -> list[list[in
 
 
 def sampling_table(model, tokenizer, prompts: list[list[int]], large: bool) -> None:
-    device, dtype = model.device, model.compute_dtype
+    device, dtype = model.device, DTYPE
     eos, rate = common.eos_ids(model, tokenizer), matrix_rate(device, dtype)
     work = 2 * sum(p.numel() for p in model.parameters())
     print(f"matrix products: {rate / 1e9:,.0f} GFLOP/s; a token: {work / 1e6:,.2f} MFLOP")
@@ -123,7 +124,9 @@ def sampling_table(model, tokenizer, prompts: list[list[int]], large: bool) -> N
     for n in (1, 8, 32):
 
         def ours() -> int:
-            rollouts = common.sample(model, prompts, n, max_new_tokens=BUDGET, eos=eos)
+            rollouts = common.sample(
+                model, prompts, n, max_new_tokens=BUDGET, eos=eos, compute=HERE
+            )
             return sum(len(r.ids) for r in rollouts)
 
         def theirs() -> int:
@@ -156,9 +159,11 @@ def value_table(model, tokenizer, problems) -> None:
     device = model.device
     generator = torch.Generator(device).manual_seed(0)
     states = [common.initial_state(tokenizer, problem) for problem in problems]
-    rollouts = common.complete(model, tokenizer, states, 1, BUDGET, generator=generator)
+    rollouts = common.complete(
+        model, tokenizer, states, 1, BUDGET, generator=generator, compute=HERE
+    )
     samples = [common.Sample(r.prompt, r.ids) for r in rollouts]
-    common.score(model, samples, 1.0)
+    common.score(model, samples, 1.0, HERE)
     print("| N | boundaries | estimate_values | generate on the decoded prefixes | ratio |")
     print("|---|---|---|---|---|")
     for n in (4, 9):
@@ -169,7 +174,7 @@ def value_table(model, tokenizer, problems) -> None:
         texts = dict.fromkeys((tokenizer.decode([*p, *done]), answer) for p, done, answer in cut)
 
         def ours():
-            return spo.estimate_values(model, tokenizer, cut, cfg, generator)
+            return spo.estimate_values(model, tokenizer, cut, cfg, generator, HERE)
 
         def theirs():
             prefixes = [common.encode(tokenizer, text) for text, _ in texts]
@@ -195,16 +200,18 @@ def step(model, tokenizer, problems, cfg: spo.Config, generator) -> spo.Credit:
     """One step of spo.py, which leaves the weights as they are."""
     states = [common.initial_state(tokenizer, problem) for problem in problems]
     if cfg.variant == "tree":
-        tree = spo.grow_trees(model, tokenizer, states, cfg, generator)
-        credit = spo.credit_trees(model, tree, cfg)
+        tree = spo.grow_trees(model, tokenizer, states, cfg, generator, HERE)
+        credit = spo.credit_trees(model, tree, cfg, HERE)
     else:
-        size = (cfg.group_size, cfg.max_new_tokens)
-        rollouts = common.complete(model, tokenizer, states, *size, generator=generator)
+        rollouts = common.complete(
+            model, tokenizer, states, n=cfg.group_size, max_new_tokens=cfg.max_new_tokens,
+            generator=generator, compute=HERE,
+        )  # fmt: skip
         answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
-        credit = spo.assign_credit(model, tokenizer, rollouts, answers, cfg, generator)
+        credit = spo.assign_credit(model, tokenizer, rollouts, answers, cfg, generator, HERE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    spo.update(model, optimizer, schedule, credit.samples, cfg, "0")
+    spo.update(model, optimizer, schedule, credit.samples, cfg, "0", compute=HERE)
     return credit
 
 
@@ -238,7 +245,7 @@ def main() -> None:
     problems = problems[:PROMPTS]
     prompts = [common.prompt_ids(tokenizer, problem) for problem in problems]
     threads = f"{torch.get_num_threads()} threads"
-    print(f"{PROMPTS} prompts, {model.device}, {model.compute_dtype}, {threads}\n")
+    print(f"{PROMPTS} prompts, {model.device}, {DTYPE}, {threads}\n")
     sampling_table(model, tokenizer, prompts, bool(shape))
     if shape:
         return

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import spo  # noqa: E402
-from bench_sample import ROUNDS, clock, policy, step, timed  # noqa: E402
+from bench_sample import DEVICE, HERE, ROUNDS, clock, policy, step, timed  # noqa: E402
 
 GRPO = dict(partition="trajectory", mask=False)
 
@@ -63,7 +63,7 @@ def trl_table() -> None:
         settings = GRPOConfig(
             folder, per_device_train_batch_size=256, num_generations=8, steps_per_generation=1,
             max_completion_length=cfg.max_new_tokens, max_steps=2 * ROUNDS + 2, learning_rate=0.0,
-            beta=0.0, use_cpu=device.type == "cpu", bf16=model.compute_dtype == torch.bfloat16,
+            beta=0.0, use_cpu=device.type == "cpu", bf16=HERE.dtype == torch.bfloat16,
             gradient_checkpointing=False, report_to="none", save_strategy="no",
             logging_steps=1, disable_tqdm=True,
         )  # fmt: skip
@@ -91,7 +91,7 @@ def plain_update(model, samples: list[common.Sample], clip_eps: float) -> None:
     batch = common.collate(samples, model.device)
     lengths = batch.context_lens + batch.mask.sum(1)  # (B,)
     place = torch.arange(batch.input_ids.shape[1], device=model.device)[None]  # (1, L)
-    with common.autocast(model):
+    with HERE.autocast(model.device):
         logits = model(batch.input_ids, attention_mask=(place < lengths[:, None]).long()).logits
     logprobs = logits[:, :-1].float().log_softmax(-1)  # (B, L - 1, V)
     logprobs = logprobs.gather(-1, batch.input_ids[:, 1:, None])[..., 0]  # (B, L - 1)
@@ -130,13 +130,13 @@ def update_table() -> None:
     heads = "samples | trained ids each | update | 16,384 tokens at once | plain | ratio"
     print(f"| {heads} |\n|---|---|---|---|---|---|")
     for name, samples in batches.items():
-        common.score(model, samples, 1.0)
+        common.score(model, samples, 1.0, HERE)
 
-        def ours(most=None):
+        def ours(most=HERE.training_tokens):
             z = sum(len(s.ids) for s in samples)
             for micro in common.micro_batches(samples, most):
                 batch = common.collate(micro, model.device)
-                logprobs = common.token_logprobs(model, batch)
+                logprobs = common.token_logprobs(model, batch, compute=HERE)
                 spo.spo_loss(logprobs, batch, batch.mask, z, cfg.clip_eps)[0].backward()
 
         def plain():
@@ -185,16 +185,16 @@ def scoring_peak(vocabulary: int, tokens: int, plain: bool) -> float:
         vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
-    device, dtype = common.pick_device(common.RunConfig())
+    device = DEVICE
     model = LlamaForCausalLM(config).to(device).eval()
-    model.compute_dtype = dtype
     samples = [common.Sample([0], [0] * (tokens // 8), [1.0] * (tokens // 8)) for _ in range(8)]
 
     def work(samples=samples):
         if plain:
             plain_update(model, samples, 0.2)
         else:
-            common.token_logprobs(model, common.collate(samples, device)).sum().backward()
+            batch = common.collate(samples, device)
+            common.token_logprobs(model, batch, compute=HERE).sum().backward()
 
     work([common.Sample([0], [0], [1.0])])  # gradients exist, libraries are loaded
     return peak_of(device, work) / 1e6

@@ -1,7 +1,7 @@
 """Computes the table of GPU memory in README.md, without a GPU: python tests/memory.py
 
-Weights and AdamW's moments are 12 bytes a parameter, counted on the model's shape, gradients 4, and
-AdamW's step takes 4 more for a moment. What a layer keeps for the backward pass is measured: one
+Weights and AdamW's moments are 12 bytes a parameter, counted on the model's shape, gradients 4,
+and AdamW's step takes 4 more for a moment. What a layer keeps for the backward pass is measured: one
 forward pass of one and of two layers, in autocast, by the bytes autograd holds. Sampling is sized by
 what is left (common.sampling_tokens), so it takes no part.
 """
@@ -46,7 +46,6 @@ def parameters(name: str) -> int:
 def held(name: str, layers: int, recompute: bool) -> int:
     """Bytes that autograd holds after a forward pass over TOKENS, weights not counted."""
     model = Qwen2ForCausalLM(config(name, layers)).eval()
-    model.compute_dtype = torch.bfloat16
     if recompute:
         model.activation_checkpointing_enable(dict(use_reentrant=False))
     sizes = {p.numel() for p in model.parameters()}  # their bf16 copies are no activations
@@ -59,7 +58,7 @@ def held(name: str, layers: int, recompute: bool) -> int:
 
     batch = common.collate([common.Sample([1], list(range(1, 64)) * (TOKENS // 63))])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        common.token_logprobs(model, batch)
+        common.token_logprobs(model, batch, compute=common.Compute(dtype=torch.bfloat16))
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 

@@ -31,7 +31,7 @@ import common
 import mpo
 import reset_po
 import spo
-from common import BadInput, Problem, Rollout, Sample
+from common import BadInput, Compute, Problem, Rollout, Sample
 
 # ----------------------------------------------------------------------------------- tiny models
 # Wide initial weights: logits of spread 1, which depend on every position.
@@ -186,8 +186,8 @@ def test_clipped_surrogate_bounds_the_ratio():
 def test_masked_mean():
     x = torch.tensor([[1.0, 2.0, 60.0], [6.0, 50.0, 40.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert common.masked_mean(x, mask).item() == 3.0
-    assert common.masked_mean(x, mask & False).item() == 0.0
+    assert reset_po.masked_mean(x, mask).item() == 3.0
+    assert reset_po.masked_mean(x, mask & False).item() == 0.0
 
 
 # --------------------------------------------------------------------------------------- answers
@@ -745,11 +745,11 @@ def test_draws_follow_the_scored_policy_whatever_generation_config_says():
 def test_each_token_owns_its_share_of_the_random_numbers(monkeypatch):
     model, prefix, u = llama(vocab=61), [3, 1, 4, 1, 5], []
 
-    def draw(numbers, temperature):
+    def draw(numbers, temperature, compute=Compute()):
         u[:] = numbers
         monkeypatch.setattr(torch, "rand", lambda *_, dtype, **__: torch.tensor(u, dtype=dtype))
         options = dict(max_new_tokens=1, eos=set(), temperature=temperature)
-        rollouts = common.sample(model, [prefix], len(u), **options)
+        rollouts = common.sample(model, [prefix], len(u), **options, compute=compute)
         return [r.ids[0] for r in rollouts]
 
     logits = next_logits(model, prefix)
@@ -762,13 +762,13 @@ def test_each_token_owns_its_share_of_the_random_numbers(monkeypatch):
     assert draw([[0.0], [0.5], [1 - 2**-53]], 1e-3) == [best] * 3
 
     # Where layers compute in bf16, the head and all after it are still in fp32 or better.
-    model.compute_dtype = torch.bfloat16
+    low = Compute(dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden = model.base_model(torch.tensor([prefix])).last_hidden_state[0, -1]
     shares = (model.lm_head(hidden.float()).detach() / 0.7).softmax(-1)
     ends = shares.double().cumsum(-1)
     edges = torch.cat([ends - shares + 1e-6, ends - 1e-6])[:, None].tolist()
-    assert draw(edges, 0.7) == [*range(61)] * 2
+    assert draw(edges, 0.7, low) == [*range(61)] * 2
 
 
 @both_models
@@ -882,7 +882,13 @@ def test_max_tokens_bounds_every_batch_and_loses_nothing(monkeypatch):
 
     monkeypatch.setattr(common, "decode", spy)
     given = common.sample(
-        model, prefixes, 2, max_new_tokens=budgets, eos={12}, greedy=True, max_tokens=36
+        model,
+        prefixes,
+        2,
+        max_new_tokens=budgets,
+        eos={12},
+        greedy=True,
+        compute=Compute(sampling_tokens=36),
     )
     assert given == expected
     assert all(rows * width <= 36 or rows == 1 for rows, width in sizes)
@@ -918,7 +924,9 @@ def test_the_bar_of_a_slow_step_counts_every_answer_once(monkeypatch):
         return bars[-1][-1]
 
     monkeypatch.setattr(common, "slow_bar", made)
-    options = dict(max_new_tokens=[4, 0, 9], eos={12}, max_tokens=50, bar="here")
+    options = dict(
+        max_new_tokens=[4, 0, 9], eos={12}, compute=Compute(sampling_tokens=50), bar="here"
+    )
     common.sample(llama(), [[1, 2, 3], [4], [1, 2, 3]], 5, **options)
     [(label, total, unit, counts)] = bars
     assert (label, total, unit) == ("here", 10, "answer")
@@ -1100,12 +1108,11 @@ def test_chunks_bound_the_logits_and_change_nothing(monkeypatch, rows):
 
 
 def test_layers_compute_in_bf16_but_the_head_and_log_softmax_in_fp32():
-    model = llama()
-    model.compute_dtype = torch.bfloat16
+    model, low = llama(), Compute(dtype=torch.bfloat16)
     context, temperature = [3, 1, 4, 1, 5], 0.7
     batch = common.collate([Sample(context, [id]) for id in range(13)])
     with torch.no_grad():
-        given, entropy = common.token_logprobs(model, batch, temperature, with_entropy=True)
+        given, entropy = common.token_logprobs(model, batch, temperature, True, low)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.base_model(torch.tensor([context])).last_hidden_state[:, -1]
         plain = model.base_model(torch.tensor([context])).last_hidden_state[:, -1]
@@ -1124,10 +1131,10 @@ def test_sampling_and_scoring_share_one_precision():
     layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     head.register_forward_hook(lambda module, inputs, output: heads.append(output.dtype))
     for dtype in (torch.float32, torch.bfloat16):
-        model.compute_dtype = dtype
+        compute = Compute(dtype=dtype)
         dtypes.clear()
-        common.sample(model, [[1, 2]], max_new_tokens=2, eos=set())
-        common.token_logprobs(model, common.collate([Sample([1], [2])]))
+        common.sample(model, [[1, 2]], max_new_tokens=2, eos=set(), compute=compute)
+        common.token_logprobs(model, common.collate([Sample([1], [2])]), compute=compute)
         assert dtypes == [dtype] * 3
     assert heads == [torch.float32] * 6
 
@@ -1154,8 +1161,7 @@ def test_the_head_is_as_exact_as_fp32_where_logits_are_large():
 def test_weights_are_cast_once_a_batch_and_keys_and_values_kept_in_low_precision(dtype):
     from torch.profiler import ProfilerActivity, profile
 
-    model = llama(vocab=61)
-    model.compute_dtype = dtype
+    model, compute = llama(vocab=61), Compute(dtype=dtype)
     shapes = [list(p.shape) for n, p in model.base_model.named_parameters() if "proj" in n]
     kept, true_update = [], common.KeyValues.update
 
@@ -1166,12 +1172,12 @@ def test_weights_are_cast_once_a_batch_and_keys_and_values_kept_in_low_precision
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.KeyValues, "update", update)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-            common.sample(model, [[1, 2, 3]] * 4, max_new_tokens=20, eos=set())
+            common.sample(model, [[1, 2, 3]] * 4, max_new_tokens=20, eos=set(), compute=compute)
     casts = [e.input_shapes[0] for e in profiled.events() if e.name == "aten::_to_copy"]
     assert sum(shape in shapes for shape in casts) == len(shapes)
     assert {x.dtype for x in kept} == {dtype} and len(kept) == 2 * 2 * 20
-    assert common.token_bytes(model) == 2 * 2 * 16 // 2 * 2  # layers, keys and values, width, bytes
-    model.compute_dtype = torch.float32
+    # Layers, keys and values, width, bytes.
+    assert common.token_bytes(model, compute) == 2 * 2 * 16 // 2 * 2
     assert common.token_bytes(model) == 2 * 2 * 16 // 2 * 4
 
 
@@ -1262,13 +1268,12 @@ def test_a_model_that_loses_its_context_cannot_go_unnoticed(tmp_path):
 
 
 def test_scores_follow_the_weights_under_autocast():
-    model = llama()
-    model.compute_dtype = torch.bfloat16
+    model, low = llama(), Compute(dtype=torch.bfloat16)
     batch = common.collate([Sample([1, 2], [3, 4])])
-    before = common.token_logprobs(model, batch).detach()
+    before = common.token_logprobs(model, batch, compute=low).detach()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(-1)
-    assert not torch.equal(common.token_logprobs(model, batch), before)
+    assert not torch.equal(common.token_logprobs(model, batch, compute=low), before)
 
 
 def test_collate_pads_on_the_right_and_masks_by_length():
@@ -1299,7 +1304,7 @@ def test_collate_refuses_what_has_nothing_to_predict(bad):
 
 def test_score_fills_in_each_samples_own_logprobs(monkeypatch):
     monkeypatch.setattr(
-        common, "micro_batches", functools.partial(common.micro_batches, max_tokens=30)
+        common, "micro_batches", lambda samples, _, real=common.micro_batches: real(samples, 30)
     )
     model, samples = gpt2(), random_samples(15)
     contents = [(list(s.context), list(s.ids)) for s in samples]
@@ -1500,8 +1505,8 @@ def save(folder, model, tokenizer=True):
 def test_a_saved_policy_comes_back_the_same_and_without_dropout(tmp_path, build):
     model = build(vocab=257)
     folder = save(tmp_path / "policy", model.train().to(torch.bfloat16))
-    loaded, tokenizer = common.load_policy(folder, "cpu", torch.bfloat16)
-    assert not loaded.training and loaded.compute_dtype == torch.bfloat16
+    loaded, tokenizer = common.load_policy(folder, "cpu")
+    assert not loaded.training
     for mine, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         assert mine.dtype == torch.float32 and torch.equal(mine, theirs.float())
     assert common.encode(tokenizer, "a<end>\n") == common.encode(

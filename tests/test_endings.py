@@ -157,12 +157,12 @@ def test_a_stop_in_the_last_step_or_evaluation_says_what_is_true(base, warm, run
     ):
         patch = f"""
 real, calls = common.{where}, 0
-def interrupted(*args):
+def interrupted(*args, **options):
     global calls
     calls += 1
     if calls == dict(append_metrics=5, evaluate=3)[{where!r}]:  # the last of the run
         os.kill(os.getpid(), signal.SIGINT)
-    return real(*args)
+    return real(*args, **options)
 common.{where} = interrupted
 """
         done = run(*BASE, patch=patch)

@@ -282,7 +282,8 @@ def open_policy(tmp_path, folder, **flags):
     problems = [Problem("Zoë has 3 eggs?", "She has 3.\n#### 3", "3")]
     args = (tmp_path, problems, torch.device("cpu"), torch.float32)
     tokenizer = common.open_policy(options, *args)[1]
-    return tokenizer.decode(common.prompt_ids(tokenizer, problems[0]))
+    instruction = common.pick_instruction(options, tokenizer)
+    return tokenizer.decode(common.prompt_ids(tokenizer, problems[0], instruction))
 
 
 @every_family

@@ -476,7 +476,7 @@ def test_an_update_follows_the_slow_loss_at_any_micro_batch(model, monkeypatch, 
     terms = {id(s): list(slow_terms(model, s, cfg)) for s in samples if any(s.advantages)}
     model.zero_grad()
     true_micro_batches = common.micro_batches
-    monkeypatch.setattr(common, "micro_batches", lambda rows: true_micro_batches(rows, width))
+    monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     last = {}
@@ -636,7 +636,8 @@ def shown(cfg, ratios, clipped, reward=0.0):
     samples = [Sample([1], right, [1.0] * 8), Sample([1], ids, [-0.5] * 8)]
     last = {id(samples[0]): ([2.0] * 8, [True] * 8), id(samples[1]): (ratios, clipped)}
     credit = mpo.Credit(samples, 0.0)
-    return mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False, 100).split("\n")
+    shown = mpo.show_answer([problem] * 2, rollouts, credit, last, cfg, tokenizer, False, 100)
+    return shown.split("\n")
 
 
 def test_the_display_marks_blocks_their_ratios_and_what_was_clipped():
@@ -665,7 +666,8 @@ def test_the_display_prefers_a_cut_answer_and_then_a_failure(tokenizer, cut, fai
     samples = [Sample([1], [2, 3], [1.0, 1.0]) for _ in range(4)]
     rollouts = [common.Rollout([1], [2, 3], True, float(x == "0")) for x in failed]
     last = {id(s): ([1.0, 1.0], [False, x == "1"]) for s, x in zip(samples, cut)}
-    shown_of = (problems, rollouts, mpo.Credit(samples, 0.0), last, mpo.Config(), tokenizer, False, 100)
+    credit = mpo.Credit(samples, 0.0)
+    shown_of = (problems, rollouts, credit, last, mpo.Config(), tokenizer, False, 100)
     assert mpo.show_answer(*shown_of).startswith(f"{i}+1   answer {i}")
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
-from common import Sample
+from common import Compute, Sample
 from conftest import ENV, ROOT
 from test_common import random_samples
 from test_models import byte_level_bpe, word_problems
@@ -22,67 +22,65 @@ from test_models import byte_level_bpe, word_problems
 # ------------------------------------------------------------------------------- the loss scaler
 
 
-def fp16_trainer():
+def fp16_trainer(dtype=torch.float16):
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0]]))
-    model.compute_dtype = torch.float16
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
+    return model, optimizer, schedule, common.loss_scaler(torch.device("cpu"), dtype)
 
 
 def test_fp16_scales_the_loss_and_steps_with_the_true_gradient():
-    model, optimizer, schedule = fp16_trainer()
-    scale = common.loss_scaler(model).get_scale()
+    model, optimizer, schedule, scaler = fp16_trainer()
+    scale = scaler.get_scale()
     assert scale > 1000
-    common.backward(model, (model.weight * torch.tensor([[3.0, 4.0]])).sum())
+    common.backward((model.weight * torch.tensor([[3.0, 4.0]])).sum(), scaler)
     assert model.weight.grad[0].tolist() == [3 * scale, 4 * scale]
-    norm = common.optimizer_step(model, optimizer, schedule, 0.1, 2.5)
+    norm = common.optimizer_step(model, optimizer, schedule, 0.1, 2.5, scaler)
     assert norm == pytest.approx(5.0)
     assert model.weight[0].tolist() == pytest.approx([1 - 1.5, 2 - 2.0], abs=1e-5)
     assert schedule.get_last_lr() == [0.5] and model.weight.grad is None
 
 
 def test_fp16_leaves_out_a_step_that_overflowed_and_lowers_its_scale():
-    model, optimizer, schedule = fp16_trainer()
-    scaler = common.loss_scaler(model)
+    model, optimizer, schedule, scaler = fp16_trainer()
     before = scaler.get_scale()
-    common.backward(model, (model.weight * torch.tensor([[math.inf, 1.0]])).sum())
-    assert not math.isfinite(common.optimizer_step(model, optimizer, schedule, 0.1, 1.0))
+    common.backward((model.weight * torch.tensor([[math.inf, 1.0]])).sum(), scaler)
+    assert not math.isfinite(common.optimizer_step(model, optimizer, schedule, 0.1, 1.0, scaler))
     assert model.weight[0].tolist() == [1.0, 2.0] and model.weight.grad is None
     assert scaler.get_scale() == before / 2
-    common.backward(model, model.weight.sum())
-    common.optimizer_step(model, optimizer, schedule, 0.1, 9.0)
+    common.backward(model.weight.sum(), scaler)
+    common.optimizer_step(model, optimizer, schedule, 0.1, 9.0, scaler)
     assert model.weight[0].tolist() == pytest.approx([1 - 1.0, 2 - 1.0])  # nor does it count
 
 
 def test_fp16_does_not_hide_a_loss_that_is_not_finite_nor_overflow_without_end():
-    model, optimizer, schedule = fp16_trainer()
-    common.backward(model, model.weight.sum())
+    model, optimizer, schedule, scaler = fp16_trainer()
+    common.backward(model.weight.sum(), scaler)
     with pytest.raises(FloatingPointError):
-        common.optimizer_step(model, optimizer, schedule, math.nan, 1.0)
-    model, optimizer, schedule = fp16_trainer()
+        common.optimizer_step(model, optimizer, schedule, math.nan, 1.0, scaler)
+    model, optimizer, schedule, scaler = fp16_trainer()
     with pytest.raises(FloatingPointError):
         for _ in range(100):
-            common.backward(model, (model.weight * math.nan).sum())
-            common.optimizer_step(model, optimizer, schedule, 0.1, 1.0)
+            common.backward((model.weight * math.nan).sum(), scaler)
+            common.optimizer_step(model, optimizer, schedule, 0.1, 1.0, scaler)
     assert model.weight[0].tolist() == [1.0, 2.0]
 
 
 def test_in_other_dtypes_the_scaler_is_idle():
-    model, optimizer, schedule = fp16_trainer()
-    model.compute_dtype = torch.bfloat16
-    common.backward(model, model.weight.sum())
+    model, optimizer, schedule, scaler = fp16_trainer(torch.bfloat16)
+    common.backward(model.weight.sum(), scaler)
     assert model.weight.grad[0].tolist() == [1.0, 1.0]
-    assert common.optimizer_step(model, optimizer, schedule, 0.1, 9.0) == pytest.approx(2**0.5)
+    norm = common.optimizer_step(model, optimizer, schedule, 0.1, 9.0, scaler)
+    assert norm == pytest.approx(2**0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_step_without_any_signal_moves_nothing(dtype):
-    model, optimizer, schedule = fp16_trainer()
-    model.compute_dtype = dtype
-    assert common.optimizer_step(model, optimizer, schedule, 0.0, 1.0) == 0.0
+    model, optimizer, schedule, scaler = fp16_trainer(dtype)
+    assert common.optimizer_step(model, optimizer, schedule, 0.0, 1.0, scaler) == 0.0
     assert model.weight[0].tolist() == [1.0, 2.0] and schedule.get_last_lr() == [0.5]
 
 
@@ -132,20 +130,19 @@ def test_recomputed_layers_give_the_same_gradient_without_dropout(monkeypatch):
 
 def test_what_a_batch_may_hold_is_that_of_the_run(monkeypatch):
     samples, sizes = random_samples(12), []
-    monkeypatch.setitem(common.LIMITS, "training_tokens", 30)
-    for micro in common.micro_batches(samples):
+    compute = Compute(sampling_tokens=40, training_tokens=30)
+    for micro in common.micro_batches(samples, compute.training_tokens):
         sizes.append(len(micro) * max(len(s.context) + len(s.ids) for s in micro))
     assert len(sizes) > 2 and max(sizes) <= 30
     model = next(models_with_dropout()).eval()
     rows, true_decode = [], common.decode
-    monkeypatch.setitem(common.LIMITS, "sampling_tokens", 40)
 
     def spy(model, rollouts, *args):
         rows.append(len(rollouts))
         true_decode(model, rollouts, *args)
 
     monkeypatch.setattr(common, "decode", spy)
-    common.sample(model, [[1, 2, 3]] * 9, 1, max_new_tokens=5, eos={0})
+    common.sample(model, [[1, 2, 3]] * 9, 1, max_new_tokens=5, eos={0}, compute=compute)
     assert rows == [5, 4]  # 8 tokens a row
 
 
@@ -198,7 +195,7 @@ def test_no_float64_on_a_device_that_has_none(script, monkeypatch):
                 assert all(map(math.isfinite, metrics.values())) and metrics["block_ratio_var"] > 0
         elif script == "reset_po":
             cfg = module.Config(prompts=4, clip_eps=0.2, max_new_tokens=8)
-            drawn, plans = module.draw_answers(model, tokenizer, problems, cfg, generator)
+            drawn, plans = module.draw_answers(model, tokenizer, states, cfg, generator)
             credit = module.assign_credit(model, tokenizer, problems, drawn, plans, cfg, generator)
             samples = [s for group in credit.base + credit.reset for s in group]
             module.update(model, optimizer, schedule, samples, cfg, "0")
@@ -245,15 +242,15 @@ def test_on_a_gpu_each_script_learns_the_built_in_task(tmp_path, script, dtype):
 def test_on_a_gpu_the_ratio_is_one_before_the_first_update(dtype):
     torch.manual_seed(0)
     model, tokenizer = common.build_policy(257).to("cuda").eval(), common.build_tokenizer()
-    model.compute_dtype = dtype
+    compute = Compute(dtype=dtype)
     generator = torch.Generator("cuda").manual_seed(0)
-    options = dict(max_new_tokens=40, eos={256}, generator=generator)
+    options = dict(max_new_tokens=40, eos={256}, generator=generator, compute=compute)
     prefixes = [common.encode(tokenizer, f"{n}+4\n") for n in range(10, 40)]
     samples = [Sample(r.prompt, r.ids) for r in common.sample(model, prefixes, 2, **options)]
-    common.score(model, samples, 1.0)
+    common.score(model, samples, 1.0, compute)
     for micro in common.micro_batches(samples):
         batch = common.collate(micro, "cuda")
-        log_ratio = common.token_logprobs(model, batch) - batch.old_logprobs
+        log_ratio = common.token_logprobs(model, batch, compute=compute) - batch.old_logprobs
         assert (log_ratio.exp() - 1).abs().max() < 1e-3
 
 
@@ -276,7 +273,7 @@ def test_on_a_gpu_a_killed_run_resumes(tmp_path, dtype):
     flags = f"--terms 2 --warm_start_steps 60 --prompts 8 --steps 4 --save_every 2 --dtype {dtype}"
     command = [sys.executable, str(ROOT / "spo.py"), *flags.split(), "--eval_problems", "9"]
     stop = "import common; f = common.log_step; common.log_step = lambda *a, **k: (f(*a, **k), "
-    stop += "__import__('os')._exit(9) if a[2] == 2 else 0); import spo; common.cli(spo.main)"
+    stop += "__import__('os')._exit(9) if a[1] == 2 else 0); import spo; common.cli(spo.main)"
     options = dict(cwd=tmp_path, env=ENV, capture_output=True, text=True)
     killed = subprocess.run([sys.executable, "-c", stop, *command[2:]], **options)
     assert killed.returncode == 9, killed.stderr

@@ -115,16 +115,17 @@ def test_answers_are_drawn_until_every_problem_is_settled(monkeypatch):
     rewards = {"a": [1, 0, 1, 1], "b": [1] * 8, "c": [0] * 4}
     asked = []
 
-    def fake(model, tokenizer, states, n, budget, **options):
-        assert (n, budget, options) == (1, 80, dict(temperature=0.7, generator="g"))
+    def fake(model, tokenizer, states, n, **options):
+        assert options.pop("compute") == common.Compute()
+        assert n == 1 and options == dict(max_new_tokens=80, temperature=0.7, generator="g")
         asked.append([state[0][0] for state in states])
         taken = [float(rewards[state[0][0]].pop(0)) for state in states]
         return [Rollout(state[0], [1], True, reward) for state, reward in zip(states, taken)]
 
-    monkeypatch.setattr(common, "initial_state", lambda _, problem: ([problem], [], ""))
     monkeypatch.setattr(common, "complete", fake)
     cfg = config((4, 4, 1), temperature=0.7)
-    drawn, plans = reset_po.draw_answers(None, None, ["a", "b", "c"], cfg, "g")
+    states = [([name], [], "") for name in "abc"]
+    drawn, plans = reset_po.draw_answers(None, None, states, cfg, "g")
     assert asked == [["a"] * 4 + ["b"] * 4 + ["c"] * 4, ["b"] * 4]
     assert [len(rollouts) for rollouts in drawn] == [4, 8, 4]
     assert all(r.prompt == [name] for name, rollouts in zip("abc", drawn) for r in rollouts)
@@ -504,7 +505,9 @@ def test_nothing_the_policy_is_shown_in_a_step_holds_the_reference_answer(monkey
     for localiser in ("prompt", "uncertain", "surprise", "random", "oracle"):
         cfg = config((2, 2, 1), localiser=localiser, max_new_tokens=12, localiser_tokens=12)
         generator = torch.Generator().manual_seed(0)
-        drawn, plans = reset_po.draw_answers(model, tokenizer, [problem] * 3, cfg, generator)
+        drawn, plans = reset_po.draw_answers(
+            model, tokenizer, [common.initial_state(tokenizer, problem)] * 3, cfg, generator
+        )
         assert all(plan.seeds for plan in plans)
         before = len(seen)
         policy = (model, tokenizer)
@@ -795,7 +798,7 @@ def test_an_update_follows_the_slow_loss_at_any_micro_batch(
     expected = [p - p.grad for p in model.parameters()]
     model.zero_grad()
     true_micro_batches = common.micro_batches
-    monkeypatch.setattr(common, "micro_batches", lambda rows: true_micro_batches(rows, width))
+    monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
     metrics = reset_po.update(*trainer(model), samples, cfg, "seed")
     for p, q in zip(model.parameters(), expected):
         assert torch.allclose(p, q, atol=1e-5)
@@ -915,14 +918,14 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(model, monke
     fake_rewards(monkeypatch)
     monkeypatch.setattr(reset_po, "step_starts", lambda ids, *_: list(range(len(ids))))
     monkeypatch.setattr(common, "first_wrong_token", lambda *_: None)
-    monkeypatch.setattr(common, "initial_state", lambda *_: (PROMPT, [], ""))
     cfg = reset_po.Config(prompts=8, batch_size=32, lr=3e-3, max_new_tokens=HORIZON, **case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     generator = torch.Generator().manual_seed(0)
     problems, before = [Problem("", "", "")] * 8, exact_values(model)[()]
     for step in range(20):
-        drawn, plans = reset_po.draw_answers(model, None, problems, cfg, generator)
+        states = [(PROMPT, [], "")] * len(problems)
+        drawn, plans = reset_po.draw_answers(model, None, states, cfg, generator)
         credit = reset_po.assign_credit(model, None, problems, drawn, plans, cfg, generator)
         samples = [s for group in credit.base + credit.reset for s in group]
         assert len(samples) == 64
@@ -955,7 +958,7 @@ def test_counts_of_a_step_and_their_shares_by_hand():
     base = [group(0.0, 0.0), group(1.0, -1.0), group(0.0, 0.0, 0.0), group(0.0, 0.5)]
     resets = [reset_of(2, 2, 4), reset_of(1, 2, 4)]
     tokens = dict(base=1234, seed=5, localiser=6, reset=7)
-    credit = reset_po.Credit(base, [group(0.0, 0.0), group(0.0)], resets, 0.0, tokens)
+    credit = reset_po.Credit(base, [group(0.0, 0.0), group(0.0)], resets, 0.0, 0.0, tokens)
     counts = reset_po.step_counts(credit)
     located = reset_po.locate_counts(resets)
     assert counts == located | dict(
@@ -996,7 +999,7 @@ def test_the_display_shows_attempt_truth_and_continuations(tokenizer, colour):
         reset_po.Reset(problems[1], seeds[1], [0, 8], 1, 1, equal[0]),
         reset_po.Reset(problems[0], seeds[0], [0, 8, 16], 1, 2, mixed[0]),
     ]
-    credit = reset_po.Credit([], [equal[1], mixed[1]], resets, 0.0, {})
+    credit = reset_po.Credit([], [equal[1], mixed[1]], resets, 0.0, 0.0, {})
     text = reset_po.show_answer(credit, tokenizer, colour, 100)
     assert ("\033[48;5;" in text) == colour and "\033[2J" not in text
     lines = re.sub(r"\033\[[\d;]*m", "", text).split("\n")
@@ -1008,14 +1011,14 @@ def test_the_display_shows_attempt_truth_and_continuations(tokenizer, colour):
     assert lines[3] == "  #### 29<end>"
     assert lines[4] == "    reward 1, advantage +1.00: 35-7=28 / #### 28<end>"
     assert lines[5] == "    reward 0, advantage -1.00: 35-7=29 / \ufffd[2J<end>"
-    hit = reset_po.Credit([], [mixed[1]], [resets[1]._replace(named=2)], 0.0, {})
+    hit = reset_po.Credit([], [mixed[1]], [resets[1]._replace(named=2)], 0.0, 0.0, {})
     lines = reset_po.show_answer(hit, tokenizer, False, 100).split("\n")
     assert "|35-7=29" in lines[2]
     assert lines[2].endswith("<- resampled from here <- first wrong step; right: 35-7=28")
 
 
 def test_a_step_without_resets_says_so(tokenizer):
-    credit = reset_po.Credit([], [], [], 0.0, {})
+    credit = reset_po.Credit([], [], [], 0.0, 0.0, {})
     assert reset_po.show_answer(credit, tokenizer, False, 100) == "no failure was reset"
 
 

@@ -172,12 +172,13 @@ def test_every_variant_and_partition_runs_and_resumes_to_the_same_end(warm, run,
 @pytest.mark.parametrize("args", ["--group_size 2", "--variant tree --batch_size 0"])
 def test_each_answer_is_compared_with_its_own_problem(warm, run, args):
     patch = """
-count_hit, seen = common.count_hit, set()
-def check(counts, problem, rollout, starts, advantages, tokenizer):
-    assert tokenizer.decode(rollout.prompt) == problem.question + "\\n"
-    seen.add(problem.question)
-    return count_hit(counts, problem, rollout, starts, advantages, tokenizer)
-common.count_hit = check
+count_hits, seen = spo.count_hits, set()
+def check(counts, problems, answers, tokenizer):
+    for a in answers:
+        assert tokenizer.decode(a.rollout.prompt) == problems[a.owner].question + "\\n"
+        seen.add(problems[a.owner].question)
+    return count_hits(counts, problems, answers, tokenizer)
+spo.count_hits = check
 finish = common.finish_run
 common.finish_run = lambda *args: (finish(*args), print("seen", len(seen)))
 """
@@ -329,12 +330,12 @@ def test_a_warm_start_is_shared_only_by_runs_with_the_same_recipe(run, tmp_path)
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(warm, run, save_every):
     patch = """
 steps, update = 0, spo.update
-def broken(*args):
+def broken(*args, **options):
     global steps
     steps += 1
     if steps == 3:
         spo.common.clipped_surrogate = lambda ratio, a, eps: (ratio * float("nan"), ratio > 9)
-    return update(*args)
+    return update(*args, **options)
 spo.update = broken
 """
     assert run(*BASE, "--save_every", save_every, "--name", "whole").code == 0
@@ -516,9 +517,14 @@ HELPFUL = [  # arguments, and all that the message says
     ("--clip_eps 1e308", "--clip_eps 1e+308: must be at most 1,000,000"),
     ("--temperature 1e-300", "--temperature 1e-300: must be at least 0.01"),
     ("--eval_problems 1000000000", "--eval_problems 1000000000: must be at most 1,000,000"),
-    ("--model runs/spo --name new", "--model runs/spo: a run, not a model; --model runs/spo/checkpoint is what it trained",
+    (
+        "--model runs/spo --name new",
+        "--model runs/spo: a run, not a model; --model runs/spo/checkpoint is what it trained",
     ),
-    ("--name new --data array.json", "array.json, line 1: a JSON array; what is read is one object a line"),
+    (
+        "--name new --data array.json",
+        "array.json, line 1: a JSON array; what is read is one object a line",
+    ),
 ]  # fmt: skip
 
 
@@ -797,12 +803,12 @@ def test_another_scripts_loss_that_is_not_finite_keeps_the_checkpoint(other, war
     script = other[0]
     patch = f"""
 steps, update, optimizer_step = 0, {script}.update, common.optimizer_step
-def broken(*args):
+def broken(*args, **options):
     global steps
     steps += 1
     if steps == 3:
         common.optimizer_step = lambda *a: optimizer_step(*a[:3], float("nan"), *a[4:])
-    return update(*args)
+    return update(*args, **options)
 {script}.update = broken
 """
     done = run(*other_args(script), "--save_every", "1", patch=patch, script=script)
@@ -1014,9 +1020,9 @@ common.decode = small
 def test_the_policy_is_evaluated_on_held_out_problems_and_trained_on_the_others(warm, run):
     patch = """
 def split_at(function, index, split):
-    def checked(*args):
+    def checked(*args, **options):
         assert {common.split_of(problem.question) for problem in args[index]} == {split}
-        return function(*args)
+        return function(*args, **options)
     return checked
 common.evaluate = split_at(common.evaluate, 2, "test")
 common.batch_at = split_at(common.batch_at, 0, "train")
@@ -1027,10 +1033,10 @@ common.batch_at = split_at(common.batch_at, 0, "train")
 def test_gradient_checkpointing_is_on_if_asked_for_and_without_dropout(warm, run):
     patch = """
 evaluate = common.evaluate
-def checked(model, *args):
+def checked(model, *args, **options):
     assert model.is_gradient_checkpointing
     assert not any(layer.self_attn.attention_dropout for layer in model.base_model.layers)
-    return evaluate(model, *args)
+    return evaluate(model, *args, **options)
 load, common.evaluate = common.load_policy, checked
 def with_dropout(*args):
     model, tokenizer = load(*args)
@@ -1052,13 +1058,13 @@ def test_micro_batches_are_as_large_as_suits_the_device_or_as_is_said(
 ):
     patch = f"""
 def stop(setup, trainer, **counts):
-    raise common.BadInput(f"{{setup.run.training_tokens}} {{common.LIMITS}}")
+    raise common.BadInput(f"{{setup.run.training_tokens}} {{setup.compute}}")
 import torch
 common.begin = stop
 device, common.training_tokens = {device!r}, lambda device, of=common.training_tokens: of(there)
 there = torch.device(device)
 """
-    limits = dict(sampling_tokens=1 << 16, training_tokens=limit)
+    limits = common.Compute(sampling_tokens=1 << 16, training_tokens=limit)
     done = run(*SHORT, *flags, patch=patch)
     assert done.err.endswith(f"error: {limit} {limits}\n")
 
@@ -1072,12 +1078,12 @@ there = torch.device(device)
 def test_without_memory_one_line_names_the_flags_that_help(warm, run, error):
     patch = f"""
 update, steps = spo.update, 0
-def broken(*args):
+def broken(*args, **options):
     global steps
     steps += 1
     if steps == 2:
         raise {error}
-    return update(*args)
+    return update(*args, **options)
 spo.update = broken
 """
     done = run(*BASE, "--save_every", "1", patch=patch)
@@ -1091,7 +1097,7 @@ spo.update = broken
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(warm, run):
-    patch = "def broken(*args):\n    raise RuntimeError('odd')\nspo.update = broken"
+    patch = "def broken(*args, **options):\n    raise RuntimeError('odd')\nspo.update = broken"
     done = run(*BASE, patch=patch)
     assert done.code != 0 and "out of memory" not in done.err
 

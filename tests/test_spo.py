@@ -221,7 +221,7 @@ def test_continuations_are_rewarded_as_whole_answers(model, monkeypatch):
 def test_credit_cuts_right_before_the_unsure_tokens(model, monkeypatch):
     asked = []
 
-    def values_by_length(model, tokenizer, states, cfg, generator):
+    def values_by_length(model, tokenizer, states, cfg, generator, compute):
         asked.extend(states)
         return [len(done) / 8 for _, done, _ in states], 17
 
@@ -319,7 +319,7 @@ def test_an_update_follows_the_slow_loss_whatever_the_micro_batches(
     expected = [p - p.grad for p in model.parameters()]
     model.zero_grad()
     true_micro_batches = common.micro_batches
-    monkeypatch.setattr(common, "micro_batches", lambda rows: true_micro_batches(rows, width))
+    monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed")
@@ -778,7 +778,7 @@ def test_partitions_of_a_hand_worked_answer(tokenizer, monkeypatch):
 def test_other_partitions_estimate_the_value_of_the_prompt_too(
     model, monkeypatch, partition, mask
 ):
-    monkeypatch.setattr(common, "step_starts", lambda ids, *_: list(range(0, len(ids), 2)))
+    monkeypatch.setattr(common, "step_starts", lambda ids, *_, **__: list(range(0, len(ids), 2)))
     monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
     monkeypatch.setattr(
         spo, "estimate_values", lambda *a: ([len(done) / 8 + 0.1 for _, done, _ in a[2]], 0)
@@ -839,7 +839,7 @@ def test_the_kl_pulls_towards_the_reference_over_all_samples(model, monkeypatch,
     total = (loss + 0.3 * penalty / len(samples)).item()
     model.zero_grad()
     true_micro_batches = common.micro_batches
-    monkeypatch.setattr(common, "micro_batches", lambda rows: true_micro_batches(rows, width))
+    monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed", reference)
@@ -884,9 +884,7 @@ def shown_chain(tokenizer, text, probs, starts, advantages, **options):
     answer = spo.Answer(0, r, starts, advantages)
     credit = spo.Credit([s], [0], [answer], 0.0, 0.0, 0)
     cfg = spo.Config(**options)
-    rows = [(s.ids, spo.cutpoints(s, cfg)) for s in credit.samples]
-    places = common.places_of(rows, {(8, -8)}, tokenizer)
-    return spo.show_answer([problem], credit, places, tokenizer, cfg, False, 100)
+    return spo.show_answer([problem], credit, {(8, -8)}, tokenizer, cfg, False, 100)
 
 
 def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
@@ -975,16 +973,16 @@ def test_replay_draws_so_many_nodes_of_a_question_and_of_all_and_loses_none():
 def test_credit_hit_of_hand_worked_segments():
     advantages = [0.0, 0.5, 0.5, -0.25, -0.25, -0.75]
     starts = [1, 3, 5]
-    assert common.credit_hit(starts, advantages, 5) == (True, 1 / 6)
-    assert common.credit_hit(starts, advantages, 4) == (False, 1 / 6)
+    assert spo.credit_hit(starts, advantages, 5) == (True, 1 / 6)
+    assert spo.credit_hit(starts, advantages, 4) == (False, 1 / 6)
     tie = [-0.5, -0.5, 0.0, -0.5]
-    assert common.credit_hit([0, 2, 3], tie, 1) == (True, 2 / 4)
-    assert common.credit_hit([0, 2, 3], tie, 3) == (False, 2 / 4)
+    assert spo.credit_hit([0, 2, 3], tie, 1) == (True, 2 / 4)
+    assert spo.credit_hit([0, 2, 3], tie, 3) == (False, 2 / 4)
     inner = [0.0, -0.75, -0.75, -0.25]  # the worst segment ends before token 3
-    assert [common.credit_hit([1, 3], inner, t)[0] for t in range(4)] == [False, True, True, False]
-    assert common.credit_hit([0, 1], [0.0, 0.5], 0) == (False, 0.0)
-    assert common.credit_hit([], [0.0, 0.0], 0) == (False, 0.0)
-    assert common.credit_hit([0], [-0.5] * 3, 2) == (True, 1.0)  # one segment: trivially
+    assert [spo.credit_hit([1, 3], inner, t)[0] for t in range(4)] == [False, True, True, False]
+    assert spo.credit_hit([0, 1], [0.0, 0.5], 0) == (False, 0.0)
+    assert spo.credit_hit([], [0.0, 0.0], 0) == (False, 0.0)
+    assert spo.credit_hit([0], [-0.5] * 3, 2) == (True, 1.0)  # one segment: trivially
 
 
 def test_failures_are_counted_with_their_hits(tokenizer):
@@ -994,7 +992,7 @@ def test_failures_are_counted_with_their_hits(tokenizer):
         return Rollout([1], common.encode(tokenizer, text), True, reward)
 
     counts = dict(failures=0, hits=0, chance=0.0)
-    assert common.hit_rates(counts) == ({}, "")
+    assert spo.hit_rates(counts) == ({}, "")
     advantages = [0.0] * 6 + [-0.5] * 2 + [-0.25] * 8  # the worst segment is 6, 7 of 15 tokens
     for text, reward in (
         ("12+6=18\n#### 18", 1.0),
@@ -1004,11 +1002,11 @@ def test_failures_are_counted_with_their_hits(tokenizer):
         ("12+6=18\n#### 19", 0.0),  # wrong in token 14
         ("12+6=17\n#### 17", 0.0),
     ):
-        args = (problem, rollout(text, reward), [6, 8], advantages[: len(text)], tokenizer)
-        common.count_hit(counts, *args)
+        answer = spo.Answer(1, rollout(text, reward), [6, 8], advantages[: len(text)])
+        spo.count_hits(counts, [None, problem], [answer], tokenizer)
     assert (counts["failures"], counts["hits"]) == (3, 2)
     assert counts["chance"] == pytest.approx(3 * 2 / 15)
-    facts, remark = common.hit_rates(counts)
+    facts, remark = spo.hit_rates(counts)
     assert facts == dict(failures=3, credit_hit=2 / 3, credit_chance=pytest.approx(2 / 15))
     assert "67% of 3 failures (by chance 13%)" in remark
 

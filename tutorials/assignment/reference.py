@@ -9,12 +9,11 @@ from common import (  # noqa: E402, F401
     clipped_surrogate,
     group_advantages,
     k3,
-    masked_mean,
     step_starts,
     token_logprobs,
 )
 from mpo import block_log_ratio, block_weights, mpo_loss, scaled_eps  # noqa: E402, F401
-from reset_po import localize_uncertain, reset_loss  # noqa: E402, F401
+from reset_po import localize_uncertain, masked_mean, reset_loss  # noqa: E402, F401
 from spo import (  # noqa: E402, F401
     chain_advantages,
     segment_starts,

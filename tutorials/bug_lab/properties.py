@@ -4,7 +4,6 @@ A property returns None if it holds, else what it saw. They use the tests' polic
 enough to enumerate all its answers.
 """
 
-import copy
 import sys
 
 import torch
@@ -61,12 +60,8 @@ def updated(training_tokens: int) -> torch.Tensor:
     cfg = spo.Config(prompts=len(samples), mask=False, max_grad_norm=1e9)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    limits = copy.copy(common.LIMITS)
-    common.LIMITS["training_tokens"] = training_tokens
-    try:
-        spo.update(model, optimizer, schedule, samples, cfg, "seed")
-    finally:
-        common.LIMITS.update(limits)
+    compute = common.Compute(training_tokens=training_tokens)
+    spo.update(model, optimizer, schedule, samples, cfg, "seed", compute=compute)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
