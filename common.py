@@ -705,6 +705,10 @@ def load_policy(source: str | Path, device):
     lm_head(hidden state), which `token_logprobs` would not see.
     """
     local = Path(source).is_dir()
+    if Path(source).is_file():
+        raise BadInput(f"--model {source}: is a file; what is read is the folder of a model")
+    if local and not Path(source, "config.json").is_file():
+        raise BadInput(f"--model {source}: there is no config.json in this folder")
     if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
     options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
@@ -1216,7 +1220,9 @@ class RunConfig:
         low=0, high=1e12,
     )  # fmt: skip
     gradient_checkpointing: bool = arg(False, "memory: layers are computed again going backward")
-    terms: int = arg(7, "built-in task: most terms of a sum; the fewest are two less", low=2)
+    terms: int = arg(
+        7, "built-in task: most terms of a sum; the fewest are two less", low=2, high=1000
+    )
     warm_start_steps: int = arg(
         300, "supervised steps that make the built-in policy; 0: none", low=0
     )
@@ -1427,7 +1433,7 @@ def run_folder(cfg, run: RunConfig) -> Path:
     if run.resume:
         old = json.loads((folder / "config.json").read_text("utf-8"))
         for key, value in configuration(cfg, run).items():
-            if old[key] != value and key not in MEMORY:
+            if old[key] != value and key not in (*MEMORY, "name"):  # a folder may be renamed
                 raise BadInput(f"--resume: {folder} has {key} = {old[key]}, not {value}")
     elif not run.eval_only and (folder.exists() or folder.is_symlink()):
         raise BadInput(f"{folder} exists: pick another --name, --resume it, or delete it")

@@ -5,8 +5,8 @@ PPO and GRPO take a token for an action. MPO takes K consecutive tokens for one,
 compared with the sampling policy, and clipped, is larger than a token: the importance ratio belongs
 to K tokens, and the rest of GRPO stays. Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t)
 
-    R_t = exp(l_t + ... + l_{t+K-1})                        joint: the product of K ratios (Eq. 8)
-    R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})          weighted, sum beta = 1 (Eq. 9 and 11)
+    R_t = exp(l_t + ... + l_{t+K-1})                   joint: the product of K ratios (Eq. 8)
+    R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})     weighted, sum beta = 1 (Eq. 9 and 11)
 
     window: one for every token, of the K from it on    block: every K tokens share one    (K = 3)
 
@@ -19,34 +19,42 @@ to K tokens, and the rest of GRPO stays. Of the token log-ratios l_t = log pi(y_
 
 where R_t is the ratio of t's window or of its block.
 
+The built-in task is running sums, a step a line, for a small policy that has learned some
+single-digit facts wrong (its warm start) and has to find out which (README).
+
 Confirmed by the abstract and public notes on the paper: K tokens are one action, only the ratio
-changes, Eq. 8, 9 and 11, K in {2, 3, 5}, and weights named by the share of the K - 1 future tokens.
-Ours, for the paper's details are not public:
+changes, Eq. 8, 9 and 11, K in {2, 3, 5}, and weights named by the share that the K - 1 future
+tokens have together. Ours, for the paper's details are not public:
  1. The objective: A is GRPO's group advantage; clipped once per window or block; N counts the
     tokens of the whole optimiser step.
  2. The future tokens' probabilities are the policy's own, teacher-forced on what was sampled. (An
     earlier version of the paper trains extra heads that predict them from the state at t. What the
     present one does is not public.)
- 3. Both layouts.
+ 3. Both layouts: which one the paper has is not public.
  4. Weights: `joint`, `uniform` (1/K), or a share p of the weight for all future tokens together, in
     equal parts. Where fewer than K tokens are left, beta is renormalised over those there are.
-Departures:
+Additions and choices of ours:
  5. --scale_eps multiplies the clip range by the norm of beta, for a fair comparison of weights:
     log R has that many times the spread of l.
- 6. No KL term; sizes suit the small policy of the built-in task. The learning rate falls to 0: at a
-    constant one several updates a step left the last accuracies swinging.
+ 6. No KL term; sizes suit the small policy of the built-in task. The learning rate falls to 0: a
+    constant one, with several updates a step, left the last accuracies swinging.
 
-While the policy is the one that sampled, all ratios are 1, no clip acts, and MPO's gradient is
-GRPO's: exactly so for blocks of uniform weight. A token inside an answer lies in K windows, whose
-weights for it sum to 1, so there windows give GRPO's gradient too. Joint weights make it K times as
-large; in a block, a share p weighs the first token most. So a step makes four updates by default,
-and from the second on K matters more.
+While the policy is the one that sampled, all ratios are 1, no clip acts, and a token weighs in the
+gradient what all ratios that hold it give it together, where GRPO gives it 1:
+
+    block, uniform     K ratios of 1/K each: 1, so exactly GRPO
+    block, share p     K (1 - p) for its first token, K p / (K - 1) for the others
+    window             beta_1 + ... + beta_K = 1 inside an answer; less for its first K - 1 tokens,
+                       more at its end, where weights are renormalised
+    joint              K
+
+So a step makes four updates by default, and from the second on K matters more.
 
     python mpo.py                   a minute on two cores, held-out accuracy 0.22 -> 0.83
     python mpo.py --block_size 1    GRPO
 
-Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample` under
-it), `token_logprobs` and `clipped_surrogate`.
+Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample`),
+`score` (with `token_logprobs`) and `clipped_surrogate`; skip what handles files and the screen.
 """
 
 import math
@@ -101,6 +109,8 @@ class Config:
             raise BadInput(f"--batch_size {self.batch_size}: must divide {rollouts} answers a step")
 
 
+# Other defaults, of Config and of common.RunConfig: with --tiny, and for a given --model on given
+# --data.
 TINY = dict(
     terms=3, warm_start_steps=250, steps=40, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=20, save_every=20,
@@ -115,7 +125,8 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
     """(K,) float64: beta_1 ... beta_K before any tail is renormalised.
 
     weights: "joint" (all 1), "uniform" (1/K), or the share p in [0, 1) of the K - 1 future tokens
-    (1 - p, then p / (K - 1) each). length: only the first so many are needed, however large K is.
+    (1 - p, then p / (K - 1) each). length: only the first so many are needed; K may be larger than
+    any answer, whose ratio is then that of the whole (GSPO's, if uniform).
     For K = 1 and a share, beta is [1 - p], which `window_weights` renormalises to 1. Raises
     ValueError for anything else and for K < 1.
 
@@ -140,7 +151,7 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
     >>> window_weights(torch.tensor([[True, True, False]]), 2, 0.2).tolist()
     [[[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]]
     """
-    dtype = common.exact_dtype(mask.device)
+    dtype = common.exact_dtype(mask.device)  # so that weights sum to 1 in any dtype of l
     beta = block_weights(block_size, weights, mask.shape[1]).to(dtype).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
     beta = beta * inside.cumprod(-1)  # (B, T, K)
@@ -152,8 +163,8 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
 
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     """(B, T) index of the token whose window gives each token its ratio: the token itself, or the
-    first one of its block. Blocks count from each row's first token in the mask, which here is its
-    first; if the mask has a gap, anew after it.
+    first one of its block. Blocks count from each row's first token in the mask, and anew after a
+    gap; in this script a mask begins at the first token and has no gap.
 
     >>> anchors(torch.ones(1, 7, dtype=torch.bool), 3, "block").tolist()
     [[0, 0, 0, 3, 3, 3, 6]]
@@ -201,7 +212,8 @@ def mpo_loss(log_ratio: Tensor, batch: Batch, normaliser: int, cfg: Config):
     log_ratio: l (B, T). normaliser: N, the tokens of the WHOLE optimiser step.
     """
     log_blocks = block_log_ratio(log_ratio, batch.mask, cfg.block_size, cfg.layout, cfg.weights)
-    # In one dtype with the ratio: `clipped` compares two products, which would differ by rounding.
+    # In the ratio's dtype: `clipped` compares ratio x A with its clipped value, and the same number
+    # in two dtypes would look as if it had been clipped.
     eps = scaled_eps(batch.mask, cfg).to(log_ratio.dtype) if cfg.scale_eps else cfg.clip_eps
     objective, clipped = common.clipped_surrogate(log_blocks, batch.advantages, eps)  # (B, T)
     return -(objective * batch.mask).sum() / normaliser, log_blocks, clipped
@@ -236,10 +248,10 @@ def update(
 ) -> dict:  # fmt: skip
     """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics.
 
-    ratios: takes, for the id() of each sample that is trained, its ratios at the last pass and
-    where they were clipped; None where they are not to be shown.
+    ratios: filled in here, for the display: id(sample) -> its ratios at its last pass, and where
+    they were clipped. None where nothing is shown.
     """
-    totals = Counter()
+    totals = Counter()  # whose update() adds
     for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
         n = sum(len(s.ids) for s in minibatch)
         # A sample without signal has gradient 0: it counts in N, and needs no forward pass.
@@ -308,7 +320,8 @@ def show_answer(
     """One answer of the step with the ratios it was last trained at: one with a clipped ratio, if
     there is any, and a failure if there is a choice.
 
-    Its tokens have the colour of its advantage, and none where the clip cut the gradient.
+    Its tokens have the colour of its advantage, and none where their own window or block was
+    clipped; earlier windows may still train them.
     """
     trained = [i for i, s in enumerate(credit.samples) if id(s) in ratios]
     if not trained:

@@ -8,19 +8,21 @@ final answer is right, else 0, and has then failed. With G = 4, for each prompt 
     RRPO: h ~ Uniform{1 ... H}        SRPO: h = the first wrong step, as the policy itself names it
     reset = G continuations of x* = x0 + the seed's steps 1 ... h - 1
     A     = (r - mean) / std of the own group, exactly 0 if all are equal
-    L     = -1/(2G) sum_i A_i mean_t log pi(y_i,t)    over all 2G, the answers and the suffixes
+    L     = -1/(2G) sum_i A_i mean_t log pi(y_i,t)    over all 2G; mean over x0
 
-    x0  14+7+5+2           +-- 21+5=26 / 26+2=28 / #### 28   r = 1, A > 0    base group: trained
-                           +-- ...                                          from x0 on
-        the seed:          +-- 21+5=27 / 27+2=29 / #### 29   r = 0, A < 0
-                               |
-    x*  14+7+5+2 / 14+7=21 /   h = 2
-                           +-- 21+5=26 / 26+2=28 / #### 28   r = 1, A > 0    reset group: trained
-                           +-- 21+5=27 / 27+2=29 / #### 29   r = 0, A < 0    from x* on
+    x0  14+7+5:           +-- 14+7=21 / 21+5=26 / #### 26   r = 1, A > 0   base group, trained
+                          +-- ...                                         from x0 on
+        the seed:         +-- 14+7=21 / 21+5=27 / #### 27   r = 0, A < 0
+                                        |
+    x*  14+7+5: 14+7=21 / h = 2         +-- 21+5=26 / #### 26   r = 1, A > 0   reset group, trained
+                                        +-- 21+5=27 / #### 27   r = 0, A < 0   from x* on
+
+The built-in task is running sums, a step a line, for a small policy that has learned some
+single-digit facts wrong (its warm start) and has to find out which (README).
 
 Departures from the paper, or from the authors' code:
  1. The seed stays in the base group, whose G answers are then i.i.d. The paper drops it and draws
-    until G others exist, which skews the base towards success (--seed_rule paper).
+    until G others exist (--seed_rule paper); a base that its failure has left is skewed to success.
  2. A small policy cannot be asked for its mistake. Localisers of our own: `uncertain` returns to
     the first step that holds a token sampled below a probability (a cutpoint of SPO, arXiv
     2505.23564), `surprise` to that of the least likely token; `oracle` knows the step. Models with
@@ -30,17 +32,17 @@ Departures from the paper, or from the authors' code:
  4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
  5. Sizes and learning rate, which falls to 0, suit the small policy of the built-in task; the paper
     trains LoRA. Sampling is at temperature 1 without top-p (0.7 and 0.95 in the paper).
- 6. --clip_eps adds PPO's ratio and clip, which the paper's loss does without: it takes the gradient
-    where the policy is still the one that sampled.
- 7. All rollouts of a round make one update (--batch_size), without weight decay; the localiser's
-    reply has at most 512 tokens. The code: those of 8 of the 32 prompts, 0.01 and 4,096.
+ 6. --clip_eps adds PPO's ratio and clip. The paper's loss does without: its gradient is exact for
+    the first update of a step, and off-policy without a correction for further ones.
+ 7. All rollouts of a step make one update (the code: those of 8 of the 32 prompts), without weight
+    decay (the code: 0.01); a localiser's reply has at most 512 tokens (the code: 4,096).
 
     python reset_po.py                   70 s on two cores, held-out accuracy 0.22 -> 0.85
     python reset_po.py --method rrpo     random resets
     python reset_po.py --method grpo     no resets: groups of 2G
 
-Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample` under
-it), `step_starts` and `group_advantages`.
+Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample`),
+`score` (with `token_logprobs`) and `step_starts`; skip what handles files and the screen.
 """
 
 import re
@@ -103,7 +105,9 @@ class Config:
             raise BadInput("--delimiter '': a step needs an end")
         if self.method != "srpo" and self.localiser not in ("auto", "random"):
             raise BadInput(f"--localiser {self.localiser}: --method {self.method} asks for none")
-        self.localiser = self.localiser if self.method == "srpo" else "random"  # which is RRPO
+        self.localiser = (
+            self.localiser if self.method == "srpo" else "random"
+        )  # RRPO; grpo asks none
         if self.method == "grpo" or not self.resets * self.seeds:
             self.fresh = self.rollouts  # GRPO: all 2G are answers to the prompt
             self.resets = self.seeds = 0
@@ -122,6 +126,8 @@ class Config:
         return self.fresh + self.resets * self.seeds
 
 
+# Other defaults, of Config and of common.RunConfig: with --tiny, and for a given --model on given
+# --data.
 TINY = dict(
     terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=25, save_every=25,
@@ -141,10 +147,12 @@ class Plan(NamedTuple):
 def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     """What the rewards of the answers drawn so far decide, and how many more are certainly needed.
 
-    seed_rule keep: the seeds are the first failures among `fresh` answers, and stay in the base
-    group. paper, or fresh = 0: the first failures among TRIES answers, and leave it; it is filled
-    up with others. For each seed not found, `resets` more answers join the base group: new ones,
-    for after TRIES successes those at hand have nothing to tell.
+    keep:  the seeds are the first failures among the `fresh` answers, which are the base group.
+    paper: the seeds are the first failures among up to TRIES answers, and leave the base group,
+           which is made up of `fresh` others. So it is, too, if no base group is asked for.
+
+    For each seed that is not found, `resets` answers drawn anew join the base group (by paper they
+    are not taken from the TRIES: after so many successes those have nothing to tell).
 
     >>> plan_groups([1.0, 0.0, 1.0, 0.0], Config())
     Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
@@ -158,11 +166,11 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     seeds = [i for i in range(min(limit, drawn)) if not rewards[i]][: cfg.seeds]
     others = [i for i in range(drawn) if keep or i not in seeds]
     missing = cfg.seeds - len(seeds)
-    if missing and drawn < limit:  # look on, by as many as base group and seeds need in any case
+    if missing and drawn < limit:  # look on: at least for the seeds, and to fill the base group
         needed = max(missing, cfg.fresh + cfg.seeds - drawn)
         return Plan(min(limit - drawn, needed), seeds, others)
     base = others[: cfg.fresh]
-    joining = [i for i in others[cfg.fresh :] if i >= limit]  # drawn after the tries
+    joining = [i for i in others[cfg.fresh :] if i >= limit]  # others of the tries are not used
     joining = joining[: cfg.resets * missing]
     more = (cfg.fresh - len(base)) + (cfg.resets * missing - len(joining))
     return Plan(more, seeds, base + joining)
@@ -193,7 +201,9 @@ def localize_surprise(probs: list[float], starts: list[int]) -> int:
 
 def localize_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
     """The first step with a token sampled at a probability below `threshold`; if no token is, the
-    one with the least likely token."""
+    one with the least likely token. Where the policy could have written something else, it can be
+    wrong; the first such step mostly lies at the mistake or before it, where all can be saved.
+    """
     for t, p in enumerate(probs):
         if p < threshold:
             return step_of(t, starts)
@@ -301,7 +311,7 @@ def localize_prompt(
         steps = [tokenizer.decode(s.ids[a:b], skip_special_tokens=True).strip() for a, b in spans]
         ids = common.user_turn(tokenizer, localisation_prompt(question, steps))
         room = common.answer_budget(model, ids, cfg.localiser_tokens)
-        prompts.append(ids if room > 0 else ids[:1])  # with no room nothing is sampled
+        prompts.append(ids if room > 0 else ids[:1])  # a stand-in: with no room none is sampled
         rooms.append(max(0, room))
     rollouts = common.sample(
         model, prompts, n=1, max_new_tokens=rooms, eos=common.eos_ids(model, tokenizer),
@@ -411,7 +421,7 @@ def assign_credit(
         common.score(model, [s for group in groups for s in group], cfg.temperature, compute)
     for samples, reset in zip(groups, resets):
         credit_group(samples, reset.group)
-    first = plan_groups([], cfg).more  # as every problem gets; later draws hang on rewards
+    first = plan_groups([], cfg).more  # as every problem gets; later ones would bias the accuracy
     rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
     tokens = dict(base=sum(len(s.ids) for group in base for s in group))
     tokens["seed"] = sum(len(s.ids) for s in every) - tokens["base"]
@@ -541,7 +551,7 @@ def describe_counts(counts: dict, localiser: str) -> str:
     ]
     lines.append(
         f"without signal: {', '.join(silent)}\ntokens: {tokens['base']} in base groups, "
-        f"{tokens['seed']} in other seeds, {tokens['localiser']} to localise, "
+        f"{tokens['seed']} in answers outside of them, {tokens['localiser']} to localise, "
         f"{tokens['reset']} after resets\n"
     )
     return "\n".join(lines)

@@ -7,49 +7,55 @@ credit a segment with the value it added (Eq. 2):
     A_k = V(state at the end of segment k) - V(state at its start),    V(end of answer) = reward
 
 A value changes only where the policy could have gone on otherwise, so a chain is cut before
-unlikely tokens (cutpoints), and both variants train unlikely tokens alone (the mask).
+unlikely tokens (cutpoints), and both variants train unlikely tokens alone (the mask, of the same
+threshold: with a cut at every cutpoint, a segment trains its first token).
 
     chain: V of each cut | is the mean reward of N fresh continuations from there
 
-        12+6=1|8 / 18-8=1|1 / #### 1|1   reward 0      A of "8 / 18-8=1"   2/4 - 3/4
-              |          |          |                  A of "1 / #### 1"     0 - 2/4
-          V  3/4        2/4         0                  A of the last "1"     0 - 0
+        12+6-8:  12+6=1|8 / 18-8=1|1 / #### 1|1   reward 0      A of "8 / 18-8=1"   3/4 - 2/4
+                       |          |          |                  A of "1 / #### 1"     0 - 3/4
+                   V  2/4        3/4         0                  A of the last "1"     0 - 0
 
-    tree: b continuations of M tokens, b of each of these, ...; the last level runs to the end
+    tree: b continuations of so many tokens, b of each, and so on; the last level runs to the end
 
         12+6-8 -+- 12+6=18 18-8 -+- =10 #### 10   V = reward = 1    V(node) = mean V of its children
                 |  V = 1/2       +- =11 #### 11   V = reward = 0    A(node) = V(node) - V(parent)
         V = 1/4 |
-                +- 12+6=19 19-8 -+- =11 #### 11   V = 0             nodes with A != 0 are trained,
-                   V = 0         +- =11 #### 11   V = 0             all tokens of one alike
+                +- 12+6=19 19-8 -+- =11 #### 11   V = 0             nodes with A != 0 are samples; A
+                   V = 0         +- =11 #### 11   V = 0             is that of all tokens of one
 
     L = -1/Z sum_t M_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + kl_coef KL(pi || pi_initial)
 
 with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
-elsewhere; Z is the sum of M_t. The KL is k3, summed over a sample's tokens with M_t = 1, mean over
-samples, as in the paper.
+elsewhere; Z is the sum of M_t. The KL is estimated by q - 1 - log q with q = pi_initial / pi (k3),
+summed over a sample's tokens with M_t = 1, mean over samples, as in the paper.
+
+The built-in task is running sums, a step a line, for a small policy that has learned some
+single-digit facts wrong (its warm start) and has to find out which (README).
 
 Departures from the paper, and choices where paper and released code disagree:
  1. Advantages are used as they are. The code whitens them per micro-batch, which can flip signs.
- 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient. A
-    chain's answers without advantage count in it; a tree's nodes without are dropped, and do not.
+ 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient (the
+    code's is per micro-batch). Answers of a chain whose advantages are all 0 count in Z; nodes of a
+    tree with A = 0 do not, for they are no samples, as in paper and code.
  3. The end token is trained, for a policy from scratch must learn to stop; the code masks it. An
-    answer that its budget has truncated has none.
+    answer that its budget has truncated has no end token.
  4. Prefixes are cut on token ids, never decoded and tokenised again.
  5. No top-p: the policy that is scored is exactly the one that sampled. The KL is off by default.
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
     groups.
- 7. Sizes and learning rate, which stays as it is after its warm-up, suit the small policy of the
-    built-in task; for other models some are the paper's (LARGE).
- 8. Replay lets nodes that a step cannot train wait for later ones, off-policy. Here it trains at
-    most replay_total nodes a step; the code shuffles and cuts, or repeats, to a fixed number.
+ 7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
+    the paper's (LARGE). The rate is constant after its warm-up.
+ 8. Without replay a step trains all its nodes. With it, a step trains so many nodes of a question
+    and so many in all, and the others wait for later steps, off-policy, which uses all that large
+    trees give. The code shuffles and cuts, or repeats, to a fixed number.
 
     python spo.py                   65 s on two cores, held-out accuracy 0.22 -> 0.88
     python spo.py --variant tree    75 s, 0.22 -> 0.90
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 
-Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample` under
-it), `token_logprobs` and `clipped_surrogate`.
+Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample`),
+`score` (with `token_logprobs`) and `clipped_surrogate`; skip what handles files and the screen.
 """
 
 import copy
@@ -128,6 +134,8 @@ class Config:
             raise BadInput("--replay_age, --scale_advantages: are for --variant tree only")
 
 
+# Other defaults, of Config and of common.RunConfig: with --tiny, and for a given --model on given
+# --data.
 TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
@@ -145,8 +153,8 @@ def segment_starts(probs, interval: int, threshold: float) -> list[int]:
     """Boundaries of the cutpoint partition: the index of each segment's first token (Section 4).
 
     probs (T,): pi_old's probability of each token it sampled, at the sampling temperature. A
-    cutpoint is a token strictly below `threshold`; boundaries are cutpoints 1, 1 + interval,
-    1 + 2 interval, ... Raises ValueError for an interval below 1.
+    cutpoint is a token strictly below `threshold`; a boundary is the first cutpoint and every
+    interval-th after it. Raises ValueError for an interval below 1.
 
     >>> segment_starts([1.0, 0.5, 1.0, 0.8, 0.3, 1.0], interval=2, threshold=0.9)
     [1, 4]
@@ -352,7 +360,7 @@ def credit_trees(model, tree: Tree, cfg: Config, compute=Compute()) -> Credit:
     inner = {*tree.parents}
     for i, (node, advantage) in enumerate(zip(tree.nodes, advantages)):
         root, *path = tree.path(i)
-        if advantage:
+        if advantage:  # `score` below fills in the old log-probs
             samples.append(Sample(node.prompt, node.ids, [advantage] * len(node.ids)))
             owners.append(root)
         if i not in inner:  # a leaf: an answer
@@ -374,9 +382,9 @@ def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[
     """The samples to train on in this step, and what waits for later ones.
 
     waiting: (step it was sampled in, question, a Sample's fields), this step's own among them. What
-    is replay_age steps old is dropped, so at an age of 1 nothing waits. At most replay_nodes of a
-    question and replay_total of all are drawn, each to be used once, with the advantages and
-    log-probs that it was sampled with.
+    is replay_age steps old is dropped, by the next call: an age of 1 keeps nothing for later steps.
+    At most replay_nodes of a question and replay_total of all are drawn, each to be used once, with
+    the advantages and log-probs that it was sampled with.
     """
     drawn, later, count = [], [], Counter()
     recent = [entry for entry in waiting if step - entry[0] < cfg.replay_age]
@@ -394,7 +402,8 @@ def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[
 
 
 def reference_policy(setup: common.Setup):
-    """The policy that the run began with, to stay as it is; setup.model is what it has become."""
+    """The policy that the run began with, to stay as it is; setup.model is what it has become. The
+    warm start is kept in runs/, and would come out the same if made again."""
     run, device = setup.run, setup.model.device
     if not run.resume:
         return copy.deepcopy(setup.model).requires_grad_(False)
@@ -410,10 +419,11 @@ def update(
 
     reference: the initial policy, for the KL; None where there is none.
     """
-    totals = Counter()
+    totals = Counter()  # whose update() adds
     for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
         z = trained_tokens(common.collate(minibatch), cfg).sum().item()
-        # A sample without signal has gradient 0: it counts in Z, and needs no forward pass.
+        # A sample without signal has gradient 0: it counts in Z, and needs no forward pass, unless
+        # there is a KL. With no sample at all the schedule goes on, and nothing moves.
         trained = [s for s in minibatch if reference or any(s.advantages)]
         loss_sum = 0.0
         for micro in common.micro_batches(trained, compute.training_tokens):
@@ -583,7 +593,7 @@ def show_tree(
     paths = {i: tree.path(i) for i in range(len(tree.nodes))}
     below = [i for i, path in paths.items() if path[0] == owner and i != owner]
     for i in sorted(below, key=paths.get):  # depth first
-        if values[tree.parents[i]] in (0, 1):
+        if values[tree.parents[i]] in (0, 1):  # all below are wrong, or all right
             continue
         node = tree.nodes[i]
         ids = [*node.prompt, *node.ids][len(prompt) :]
@@ -652,7 +662,7 @@ def main() -> None:
             )  # fmt: skip
 
         # 4. Log.
-        if cfg.replay_age:
+        if cfg.replay_age:  # not before the update: what fails is saved as it was
             progress["waiting"] = later
         progress["sampled_tokens"] += credit.tokens
         progress["seconds"] += time.time() - began

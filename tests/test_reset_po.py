@@ -973,7 +973,7 @@ def test_counts_of_a_step_and_their_shares_by_hand():
         "localiser surprise: of 2 failures, the step it named was the first wrong one in 50%,\n"
         "that or an earlier one in 100% (by chance 25% and 50%)\n"
         "without signal: 50% of base groups, 100% of reset groups\n"
-        "tokens: 1,234 in base groups, 5 in other seeds, 6 to localise, 7 after resets\n"
+        "tokens: 1,234 in base groups, 5 in answers outside of them, 6 to localise, 7 after resets\n"
     )
     idle = reset_po.step_counts(credit._replace(base=base[:1], reset=[], resets=[]))
     assert reset_po.rates(idle) == dict(

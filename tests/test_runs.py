@@ -454,6 +454,7 @@ BAD = [  # arguments, and what the message must name
     ("--warmup_updates -1", "--warmup_updates -1"),
     ("--seed -1", "--seed -1"),
     ("--terms 1", "--terms 1"),
+    ("--terms 1000000", "--terms 1000000: must be at most 1,000"),
     ("--warm_start_steps -1", "--warm_start_steps -1"),
     ("--eval_problems 0", "--eval_problems 0"),
     ("--eval_samples 0", "--eval_samples 0"),
@@ -490,6 +491,8 @@ BAD = [  # arguments, and what the message must name
     ("--name mangled --resume", "runs/mangled/config.json is damaged"),
     ("--name stateless --resume", "runs/stateless/checkpoint/state.pt"),
     (NEW + "--model absent", "--model absent"),
+    (NEW + "--model rows.jsonl", "--model rows.jsonl: is a file; what is read is the folder"),
+    (NEW + "--model runs", "--model runs: there is no config.json in this folder"),
     (NEW + "--model no_weights", "--model no_weights: cannot load its weights"),
     (NEW + "--model no_tokenizer", "--model no_tokenizer: cannot load its tokenizer"),
     (NEW + "--model cut_weights", "--model cut_weights: cannot load its weights"),
@@ -996,6 +999,15 @@ def test_a_run_is_resumed_and_evaluated_with_the_settings_it_began_with(base, wa
     done = run("--eval_only", "--name", "model")  # the trained policy, not what it began from
     after = re.search(r"^after:  (sampled .*)$", trained.out, re.M)
     assert (done.code, done.out) == (0, f"6 held-out problems: {after[1]}\n")
+
+
+def test_a_run_may_be_resumed_under_another_name(base, warm, run):
+    folder = warm / "runs" / "spo"
+    kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert run(*BASE, patch=SLOW, meanwhile=kill).code == -9
+    folder.rename(warm / "runs" / "moved")
+    assert run("--resume", "--name", "moved").code == 0
+    assert result(warm / "runs" / "moved") == result(base[0] / "runs" / "spo")
 
 
 def test_memory_flags_change_no_result_and_may_change_on_resume(base, warm, run):

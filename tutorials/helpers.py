@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tutorials")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 os.environ["TQDM_DISABLE"] = "1"  # no bars in kept outputs
+warnings.filterwarnings("ignore", message="IProgress not found")  # nor what tqdm misses for them
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
