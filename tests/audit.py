@@ -5,6 +5,7 @@ offers to the scripts, and wherever a value differs from the one counted here, i
 run fails. It also holds to what no value shows: precision, modes, optimiser, evaluation.
 """
 
+import csv
 import math
 import re
 import statistics
@@ -68,6 +69,7 @@ def install(script) -> None:
         rollouts = real(model, tokenizer, states, n, *rest, **options)
         for i, r in enumerate(rollouts):
             prompt, done, answer = states[i // n]
+            assert state["evaluating"] or answer == problem_of(prompt).answer
             r.whole, r.prompt_ids = [*done, *r.ids], list(prompt)
             ended = r.whole[-1:] == [tokenizer.eos_token_id]
             found = re.findall(r"####\s*(\S+)", tokenizer.decode(r.whole[:-1]))
@@ -123,8 +125,16 @@ def install(script) -> None:
         assert (longest, temperature) == (cfg.max_new_tokens, cfg.temperature)
         state["evaluating"], seen["evaluation"] = True, []
         result = real(model, tokenizer, problems, **options)
-        state["evaluating"] = False
         (sampled, n, drawn), (greedy, one, best) = seen.pop("evaluation")
+        again = dict(temperature=temperature, compute=options["compute"])
+        again["generator"] = torch.Generator().manual_seed(run.seed)
+        for states, count, rollouts in ((sampled, n, drawn), (greedy, one, best)):
+            same = common.complete(
+                model, tokenizer, states, count, longest, greedy=rollouts is best, **again
+            )
+            assert [r.ids for r in same] == [r.ids for r in rollouts], "other draws than its seed's"
+        state["evaluating"] = False
+        seen.pop("evaluation")
         assert (n, one) == (samples, 1) and len(sampled) == len(greedy) == len(problems)
         assert max(len(r.ids) for r in drawn) <= longest
         rewards = [[r.reward for r in drawn[i * n : i * n + n]] for i in range(len(problems))]
@@ -137,6 +147,7 @@ def install(script) -> None:
             error = statistics.stdev(column) / math.sqrt(len(column))
             close(result[f"{name}_stderr"], error, f"{name}_stderr")
         assert result["k"] == n
+        state["held_out"] = result["accuracy"]
         return result
 
     real_update = script.update
@@ -147,9 +158,18 @@ def install(script) -> None:
 
     script.update = update
 
+    if script.__name__ == "mpo":
+        real_show = script.show_answer
+
+        def show_answer(problems, rollouts, *rest, **options):
+            assert [problem_of(r.prompt) for r in rollouts] == list(problems)
+            return real_show(problems, rollouts, *rest, **options)
+
+        script.show_answer = show_answer
+
     @hook("log_step")
     def log_step(real, setup, step, bar, schedule, progress, row):
-        expected = count(script, row)
+        expected = count(script, progress, row)
         for key, value in expected.items():
             if value == "":
                 assert row[key] == "", (key, row[key])
@@ -161,7 +181,12 @@ def install(script) -> None:
         dtype = common.DTYPES[setup.run.dtype]
         assert {*seen["dtypes"]} == {dtype}, "sampling, scoring and updates differ in dtype"
         seen.clear()
-        return real(setup, step, bar, schedule, progress, row)
+        real(setup, step, bar, schedule, progress, row)
+        with open(setup.folder / "metrics.csv", newline="") as file:
+            written = list(csv.DictReader(file))[-1]
+        assert (written["held_out"] != "") == ((step + 1) % setup.run.eval_every == 0)
+        if written["held_out"]:
+            assert float(written["held_out"]) == state["held_out"]
 
     @hook("finish_run")
     def finish_run(real, setup, progress, facts={}, remark=""):
@@ -191,7 +216,7 @@ def learning_rate(script) -> float:
 # ------------------------------------------------------------------------------ the values again
 
 
-def count(script, row: dict) -> dict:
+def count(script, progress: dict, row: dict) -> dict:
     cfg = state["setup"].cfg
     losses, norms = zip(*(seen["steps"] or [(0.0, 0.0)]))
     values = dict(loss=mean(losses), grad_norm=mean(norms))
@@ -202,7 +227,7 @@ def count(script, row: dict) -> dict:
         return values | count_mpo(cfg)
     if script.__name__ == "reset_po":
         return values | count_resets(cfg)
-    values |= count_tree(cfg) if cfg.variant == "tree" else count_chain(cfg)
+    values |= count_tree(cfg, progress) if cfg.variant == "tree" else count_chain(cfg)
     kl = clipped = trained = 0.0
     for batch, logprobs in seen["passes"]:
         for logprob, old, a, on in rows_of(
@@ -310,7 +335,7 @@ class Node:
         return [*(self.above.path() if self.above else []), *([self] if self.rollout else [])]
 
 
-def count_tree(cfg) -> dict:
+def count_tree(cfg, progress: dict) -> dict:
     roots = [Node() for _ in seen["complete"][0][0]]
     level, nodes = roots, []
     for depth, (states, n, rollouts) in enumerate(seen["complete"], 1):
@@ -343,9 +368,19 @@ def count_tree(cfg) -> dict:
          tuple(a.rollout.ids), round(a.credit, 6)) for a in kept
     )  # fmt: skip
     if cfg.replay_age:
-        state["waiting"] = state.get("waiting", Counter()) + wanted
-        assert not given - state["waiting"], "a node was trained twice, or never sampled"
-        state["waiting"] -= given
+        state["waits"] = [
+            w for w in state.get("waits", []) if progress["step"] - w[0] < cfg.replay_age
+        ]
+        state["waits"] += [(progress["step"], key) for key in wanted.elements()]
+        left = Counter(key for _, key in state["waits"])
+        assert not given - left, "a node was trained twice, or never sampled, or is too old"
+        kept = Counter(
+            (tuple(f["context"]), tuple(f["ids"]), round(f["advantages"][0], 6))
+            for _, _, f in progress["waiting"]
+        )
+        assert kept == left - given, "a node was lost, or waits twice"
+        for key in given.elements():
+            state["waits"].remove(next(w for w in state["waits"] if w[1] == key))
         asked = Counter(tuple(problem_of(head(key[0])).question) for key in given.elements())
         assert max(asked.values(), default=0) <= cfg.replay_nodes
         assert sum(given.values()) <= cfg.replay_total
@@ -417,7 +452,7 @@ def count_resets(cfg) -> dict:
     tokenizer, calls = state["setup"].tokenizer, seen["complete"]
     draws = [call for call in calls if not any(done for _, done, _ in call[0]) and call[1] == 1]
     later = calls[len(draws) :]
-    assert len(later) <= 1
+    assert len(later) <= 1 and bool(seen["scores of resets"]) == bool(later and cfg.clip_eps)
     drawn = defaultdict(list)
     for _, _, rollouts in draws:
         for r in rollouts:

@@ -129,7 +129,8 @@ ENDINGS = {  # how stdout is, and the file descriptors of that
 def test_a_stopped_run_saves_whatever_becomes_of_its_output(base, warm, run, ending, number):
     folder, patch = warm / "runs" / "spo", SLOW + ENDINGS[ending]
     interrupt = after_rows(folder, 2, lambda pid: os.kill(pid, number))
-    done = run(*BASE, patch=patch, meanwhile=interrupt)
+    once = ["--save_every", "99"]  # only because it was stopped
+    done = run(*BASE, *once, patch=patch, meanwhile=interrupt)
     step = rows_written(folder)
     assert done.code == 128 + number and 2 <= step < 5, done.err
     assert saved_step(folder) == step and "Traceback" not in done.err + done.out
@@ -138,7 +139,7 @@ def test_a_stopped_run_saves_whatever_becomes_of_its_output(base, warm, run, end
     if "both" not in ending:
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         assert f"\n{name}: finishing this step, then saving" in done.err
-    again = run(*BASE, "--resume", patch=ENDINGS[ending])
+    again = run(*BASE, *once, "--resume", patch=ENDINGS[ending])
     assert again.code == 0, again.err
     assert result(folder) == result(base[0] / "runs" / "spo")
 

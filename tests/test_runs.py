@@ -1004,7 +1004,7 @@ def test_a_run_is_resumed_and_evaluated_with_the_settings_it_began_with(base, wa
 def test_a_run_may_be_resumed_under_another_name(base, warm, run):
     folder = warm / "runs" / "spo"
     kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
-    assert run(*BASE, patch=SLOW, meanwhile=kill).code == -9
+    assert run(*BASE, "--tiny", patch=SLOW, meanwhile=kill).code == -9
     folder.rename(warm / "runs" / "moved")
     assert run("--resume", "--name", "moved").code == 0
     assert result(warm / "runs" / "moved") == result(base[0] / "runs" / "spo")

@@ -903,6 +903,31 @@ def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
     assert "|12+6=1'8" in newline and "|'#### 1" in newline
 
 
+def test_the_display_picks_a_failure_with_credit_and_counts_cutpoints_of_all_answers(tokenizer):
+    text = "12+6=18\n18-8=10\n#### 10"
+    ids = [*common.encode(tokenizer, text), tokenizer.eos_token_id]
+    problem = common.Problem("12+6-8", text, "10", True)
+
+    def answer(reward, advantage):
+        r = Rollout([1], ids, True, reward)
+        return spo.Answer(0, r, [0], [advantage] * len(ids))
+
+    answers = [answer(1.0, 0.5), answer(0.0, 0.0), answer(0.0, -0.5), answer(0.0, -0.25)]
+    unsure = [math.log(0.5 if t in (8, 9) else 1.0) for t in range(len(ids))]
+    samples = [Sample([1], ids, a.advantages, unsure) for a in answers]
+    samples[0].old_logprobs = [0.0] * len(ids)
+    credit = spo.Credit(samples, [0] * 4, answers, 0.0, 0.0, 0)
+    assert spo.pick_answer(credit) == 2
+    assert spo.pick_answer(credit._replace(answers=answers[:2])) == 0
+    shown = spo.show_answer([problem], credit, set(), tokenizer, spo.Config(), False, 100)
+    assert "-0.50" in shown and "reward 0" in shown
+    # Six cutpoints in all answers, three of which begin a line; none in the first.
+    assert "50% begin a step" in shown
+    one = credit._replace(samples=samples[:1], answers=answers[:1])
+    alone = spo.show_answer([problem], one, None, tokenizer, spo.Config(), False, 100)
+    assert "0% begin a step" in alone and "wrong" not in alone.split("cutpoints of this step")[1]
+
+
 def test_the_tree_is_shown_a_node_a_line_and_cut_to_a_width(tokenizer, monkeypatch):
     monkeypatch.setenv("COLUMNS", "9")  # of the terminal, which has no say in it
     problem = common.Problem("12+6-8", "12+6=18\n18-8=10\n#### 10", "10", True)
