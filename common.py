@@ -1273,13 +1273,15 @@ def earlier_flags(parser: Parser, folder: Path, script: str) -> list[str]:
         settings = None
     if not isinstance(settings, dict):
         raise BadInput(f"{path} is damaged")
-    settings.pop("problems", None)
     known = {action.dest for action in parser._actions} - {"help", "resume", "eval_only"}
+    known.add("problems")  # their fingerprint
     if unlike := sorted(known ^ settings.keys()):
         has = "has" if unlike[0] in settings else "lacks"
         raise BadInput(f"{path} is not of {script}.py: it {has} {printable(unlike[0])}")
     flags = []
     for key, value in settings.items():
+        if key == "problems":
+            continue
         many = isinstance(value, list)
         flags += [f"--{key}", *map(str, value)] if many else [f"--{key}={value}"]
     try:
@@ -1373,12 +1375,12 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     problems = fingerprint(train + test)
     if run.resume and problems != json.loads((folder / "config.json").read_text())["problems"]:
         raise BadInput(f"--resume: the problems of --data {run.data} have changed since it began")
-    title = (
-        f"{headline(cfg, train)}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
-        f"on {device} in {str(dtype)[6:]}; files in {folder}/"
-    )
+    title = headline(cfg, train)
     if not run.eval_only:
-        say(title)
+        say(
+            f"{title}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
+            f"on {device} in {str(dtype)[6:]}; files in {folder}/"
+        )
     built_in = not (run.model or run.resume or run.eval_only)
     if built_in:  # all that can be checked before it is made
         own = build_tokenizer()

@@ -594,6 +594,7 @@ def test_what_the_messy_directory_can_resume_is_not_bad_input(messy, run):
         (dict(variant="forest"), "runs/half/config.json is damaged: argument --variant"),
         (dict(momentum=0.9), "runs/half/config.json is not of spo.py: it has momentum"),
         (dict(lr=...), "runs/half/config.json is not of spo.py: it lacks lr"),
+        (dict(problems=...), "runs/half/config.json is not of spo.py: it lacks problems"),
     ],
 )
 def test_settings_of_a_run_are_never_invented(messy, run, flag, text, words):
