@@ -124,7 +124,7 @@ ENDINGS = {  # how stdout is, and the file descriptors of that
 
 
 @pytest.mark.parametrize(
-    "ending, number", zip(ENDINGS, [signal.SIGINT, signal.SIGTERM] * len(ENDINGS))
+    "ending, number", [*zip(ENDINGS, [signal.SIGINT, signal.SIGTERM] * len(ENDINGS))]
 )
 def test_a_stopped_run_saves_whatever_becomes_of_its_output(base, warm, run, ending, number):
     folder, patch = warm / "runs" / "spo", SLOW + ENDINGS[ending]
@@ -181,6 +181,7 @@ common.{where} = interrupted
 
 INTERRUPTED = """
 import builtins, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may come ignored
 real = builtins.__import__
 def importing(name, *rest, **options):
     if name == {library!r}:
