@@ -317,6 +317,18 @@ def test_a_warm_start_killed_while_it_is_saved_is_not_trusted_later(run, tmp_pat
     assert weights(made) == start and result(runs / "spo") == expected
 
 
+def test_the_seed_decides_the_weights_that_a_policy_begins_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problems, cpu = common.load_problems("sums", "train", 9), torch.device("cpu")
+    for seed in (0, 5):
+        settings = common.RunConfig(seed=seed, warm_start_steps=0)
+        folder = common.warm_start(settings, problems, cpu, torch.float32)
+        torch.manual_seed(seed)
+        wanted = common.build_policy(len(common.build_tokenizer())).state_dict()
+        given = common.load_policy(folder, cpu)[0].state_dict()
+        assert all(torch.equal(given[name], wanted[name]) for name in wanted)
+
+
 def test_a_warm_start_is_shared_only_by_runs_with_the_same_recipe(run, tmp_path):
     args = [*SHORT, "--warm_start_steps", "2", "--steps", "1"]
     changes = ("--lr 2e-3", 1), ("--warm_start_steps 1", 2), ("--terms 3", 3), ("--seed 1", 4)
