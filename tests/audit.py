@@ -136,6 +136,10 @@ def install(script) -> None:
         state["evaluating"] = False
         seen.pop("evaluation")
         assert (n, one) == (samples, 1) and len(sampled) == len(greedy) == len(problems)
+        below = {"Add.": "Add."}.get(run.prompt, "")  # the built-in policy's own prompt has none
+        for problem, (prompt, done, answer) in zip(problems, sampled):
+            assert prompt == common.prompt_ids(tokenizer, problem, below) and not done
+            assert answer == problem.answer
         assert max(len(r.ids) for r in drawn) <= longest
         rewards = [[r.reward for r in drawn[i * n : i * n + n]] for i in range(len(problems))]
         columns = dict(
@@ -235,7 +239,7 @@ def count(script, progress: dict, row: dict) -> dict:
         ):
             if on and (not cfg.mask or math.exp(old) < cfg.threshold):
                 moved, trained = logprob - old, trained + 1
-                kl += math.exp(moved) - 1 - moved
+                kl += k3(moved)
                 clipped += (
                     math.exp(moved) > 1 + cfg.clip_eps
                     if a > 0
@@ -245,6 +249,11 @@ def count(script, progress: dict, row: dict) -> dict:
     if cfg.kl_coef:
         values["kl_ref"] = row["kl_ref"]  # counted in test_spo.py
     return values
+
+
+def k3(log_ratio: float) -> float:
+    bounded = max(-10.0, min(10.0, log_ratio))
+    return math.exp(bounded) - 1 - bounded
 
 
 def rows_of(*tensors):
@@ -430,7 +439,7 @@ def count_mpo(cfg) -> dict:
                 total = 1.0 if share == "joint" else sum(weights)
                 log_r = sum(w * x for w, x in zip(weights, window)) / total
                 wide = math.sqrt(sum((w / total) ** 2 for w in weights)) if cfg.scale_eps else 1.0
-                kl += math.exp(token[t]) - 1 - token[t]
+                kl += k3(token[t])
                 ratios.append(math.exp(token[t]))
                 block_ratios.append(math.exp(log_r))
                 cuts += is_cut(ratios[-1], a, cfg.clip_eps)

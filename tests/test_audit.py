@@ -47,6 +47,7 @@ def test_every_logged_value_is_that_of_what_was_sampled_and_trained(warm, run, n
         lines = [json.dumps(dict(question=q, answer=s)) for q, s in rows]
         (warm / "rows.jsonl").write_text("\n".join(lines))
         flags += ["--data", "rows.jsonl", "--model", str(start)]
+        flags += ["--prompt", "Add."] if number % 6 == 0 else []
     done = run(*BASE, *SMALL, *flags, patch=patch, script=script)
     assert done.code == 0, done.err[-3000:]
     assert done.out.endswith("audited\n")

@@ -1335,6 +1335,24 @@ def test_batches_cover_every_item_once_an_epoch_in_a_new_order():
     assert items == list("abcdefghij")
 
 
+@pytest.mark.parametrize(
+    "count, size, sizes",
+    [(10, 0, [10]), (10, 5, [5, 5]), (10, 4, [3, 3, 4]), (3, 9, [3]), (0, 4, [])],
+)
+def test_minibatches_pass_over_all_samples_in_an_order_of_each_epochs_own(count, size, sizes):
+    samples = [Sample([1], [i]) for i in range(count)]
+    given = list(common.minibatches(samples, size, 2, "seed"))
+    assert [len(part) for part in given] == sizes * 2
+    epochs = [sum(half, []) for half in (given[: len(sizes)], given[len(sizes) :])]
+    for epoch in epochs:
+        assert sorted(s.ids[0] for s in epoch) == list(range(count))
+    assert count < 9 or epochs[0] != epochs[1] != samples
+    again = list(common.minibatches(samples, size, 2, "seed"))
+    assert again == given and (
+        count < 9 or list(common.minibatches(samples, size, 2, "s")) != given
+    )
+
+
 def test_micro_batches_hold_every_sample_within_their_bound():
     rng = random.Random(0)
     samples = [Sample([1] * rng.randint(1, 9), [1] * rng.randint(1, 9)) for _ in range(40)]
