@@ -50,7 +50,7 @@ Departures from the paper, and choices where paper and released code disagree:
     and so many in all, and the others wait for later steps, off-policy, which uses all that large
     trees give. The code shuffles and cuts, or repeats, to a fixed number.
 
-    python spo.py                   65 s on two cores, held-out accuracy 0.22 -> 0.88
+    python spo.py                   70 s on two cores, held-out accuracy 0.22 -> 0.88
     python spo.py --variant tree    75 s, 0.22 -> 0.90
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 
