@@ -558,10 +558,16 @@ def pick_answer(credit: Credit) -> int:
     return 0
 
 
+def cutpoint_places(credit: Credit, facts, tokenizer, cfg: Config) -> str:
+    """What the cutpoints of a step's answers fall on, of 64 of them at most."""
+    rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
+    return places_of(rows, facts, tokenizer)
+
+
 def show_answer(
-    problems, credit: Credit, facts, tokenizer, cfg: Config, colour: bool, width: int
+    problems, credit: Credit, places: str, tokenizer, cfg: Config, colour: bool, width: int
 ) -> str:
-    """SPO-chain: an answer of the step with its credit, and what the step's cutpoints fall on."""
+    """SPO-chain: an answer of the step with its credit. places: of `cutpoint_places`."""
     i = pick_answer(credit)
     owner, r, starts, advantages = credit.answers[i]
     title, notes = common.answer_notes(problems[owner], r, tokenizer)
@@ -573,8 +579,6 @@ def show_answer(
         pieces[t] = "'" + pieces[t]
     labels = {t: f"{advantages[t]:+.2f}" for t in starts}
     lines = common.credit_lines(pieces, advantages, labels, notes, colour)
-    rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
-    places = places_of(rows, facts, tokenizer)
     legend = f"  | a segment, ' a cutpoint within; cutpoints of this step:\n  {places}"
     return "\n".join([title, *lines, legend])
 
@@ -673,7 +677,8 @@ def main() -> None:
             if cfg.variant == "tree":
                 view = partial(show_tree, problems, tree, credit, tokenizer, cfg)
             else:
-                view = partial(show_answer, problems, credit, facts, tokenizer, cfg)
+                places = cutpoint_places(credit, facts, tokenizer, cfg)
+                view = partial(show_answer, problems, credit, places, tokenizer, cfg)
             common.show(setup.folder, step, view)
     facts_found, remark = hit_rates(progress)
     common.finish_run(setup, progress, facts_found, remark)

@@ -884,7 +884,8 @@ def shown_chain(tokenizer, text, probs, starts, advantages, **options):
     answer = spo.Answer(0, r, starts, advantages)
     credit = spo.Credit([s], [0], [answer], 0.0, 0.0, 0)
     cfg = spo.Config(**options)
-    return spo.show_answer([problem], credit, {(8, -8)}, tokenizer, cfg, False, 100)
+    places = spo.cutpoint_places(credit, {(8, -8)}, tokenizer, cfg)
+    return spo.show_answer([problem], credit, places, tokenizer, cfg, False, 100)
 
 
 def test_an_answer_is_shown_with_its_cutpoints_and_what_they_fall_on(tokenizer):
@@ -919,12 +920,15 @@ def test_the_display_picks_a_failure_with_credit_and_counts_cutpoints_of_all_ans
     credit = spo.Credit(samples, [0] * 4, answers, 0.0, 0.0, 0)
     assert spo.pick_answer(credit) == 2
     assert spo.pick_answer(credit._replace(answers=answers[:2])) == 0
-    shown = spo.show_answer([problem], credit, set(), tokenizer, spo.Config(), False, 100)
+    cfg = spo.Config()
+    places = spo.cutpoint_places(credit, set(), tokenizer, cfg)
+    shown = spo.show_answer([problem], credit, places, tokenizer, cfg, False, 100)
     assert "-0.50" in shown and "reward 0" in shown
     # Six cutpoints in all answers, three of which begin a line; none in the first.
     assert "50% begin a step" in shown
     one = credit._replace(samples=samples[:1], answers=answers[:1])
-    alone = spo.show_answer([problem], one, None, tokenizer, spo.Config(), False, 100)
+    places = spo.cutpoint_places(one, None, tokenizer, cfg)
+    alone = spo.show_answer([problem], one, places, tokenizer, cfg, False, 100)
     assert "0% begin a step" in alone and "wrong" not in alone.split("cutpoints of this step")[1]
 
 
