@@ -48,7 +48,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Iterator, Literal, NamedTuple
 
@@ -67,6 +67,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+from transformers.cache_utils import DynamicLayer
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as StateLayer
 
 transformers.utils.logging.set_verbosity_error()
@@ -196,27 +197,13 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
 
     Rollouts of one prefix that have drawn the same tokens so far have the same distribution of the
     next, so they share a row of the forward pass, from which each draws its own: S rows for S
-    distinct texts. A prefix is prefilled once, and its continuations are computed apart only from
-    where they part.
+    distinct texts, whose continuations are computed apart only from where they part.
     """
     device = model.device
     distinct = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
-    width = max(map(len, distinct))
-    # Padded on the left, all rows get their next token in the same column; positions count from
-    # each row's first real token.
-    padding = [[0] * (width - len(prefix)) for prefix in distinct]
-    ids = torch.tensor([[*pad, *p] for pad, p in zip(padding, distinct)], device=device)  # (S, L)
-    mask = torch.tensor([[*pad, *[1] * len(p)] for pad, p in zip(padding, distinct)], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)  # (S, L)
-    cache, cached = KeyValues(config=model.config), cache_keyword(model)
-
-    def forward(ids, mask, position) -> Tensor:  # the last column's hidden state, (S, H)
-        options = {"attention_mask": mask, "position_ids": position, cached: cache}
-        return model.base_model(ids, **options, use_cache=True).last_hidden_state[:, -1]
-
-    hidden, position = forward(ids, mask, position), position[:, -1:]  # (S, H), (S, 1)
-    if cache.get_seq_length() != width:
-        raise RuntimeError(f"{type(model).__name__} has kept no keys and values of its prompts")
+    cache = KeyValues(config=model.config)
+    past = {cache_keyword(model): cache}
+    hidden, mask, position = prefill(model, distinct, past, cache)  # (S, H), (S, W), (S, 1)
     number = {prefix: i for i, prefix in enumerate(distinct)}
     row = torch.tensor([number[tuple(r.prompt)] for r in rollouts], device=device)  # (R,) in 0..S-1
     live = list(zip(rollouts, budgets))
@@ -242,7 +229,94 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
             cache.batch_select_indices(parent)
             mask, position = mask[parent], position[parent]
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        hidden = forward(token[:, None], mask, position)  # (S, H)
+        hidden = forward(model, token[:, None], mask, position, past)[:, -1]  # (S, H)
+
+
+def forward(model, ids: Tensor, mask: Tensor, position: Tensor, past: dict) -> Tensor:
+    """(S, L, H) hidden states of ids (S, L), which stand behind what `past` holds: the cache, by
+    the name that the model has for it. mask: (S, kept + L), 0 at padding. position: (S, L)."""
+    options = dict(attention_mask=mask, position_ids=position, use_cache=True)
+    return model.base_model(ids, **options, **past).last_hidden_state
+
+
+def prefill(model, prefixes: list[tuple[int, ...]], past: dict, cache: "KeyValues"):
+    """Compute S distinct prefixes. Leaves their keys and values in the empty cache, a row each,
+    padded on the left to W columns, so that all get their next token in the same column. Returns
+    the state behind each prefix (S, H), the mask (S, W), and each one's last position (S, 1).
+
+    What prefixes have in common is computed once. One that begins another, as each boundary of an
+    answer does, is a part of that text. Where texts begin alike, with a problem's prompt or the
+    first words of a chat template, come their heads first, and in a second pass the tails.
+    """
+    device = model.device
+    texts, text_of = prefixes, list(range(len(prefixes)))  # M texts
+    if all(type(layer) is DynamicLayer for layer in cache.layers):  # others drop what is far back
+        texts, text_of = outermost(prefixes)
+    heads = shared_heads(texts)
+    trunks, trunk_of = outermost(heads)  # K trunks: the heads, but for those that begin another
+    tails = [text[len(head) :] for text, head in zip(texts, heads)]
+    if texts is prefixes or area(trunks) + area(tails) > 0.75 * area(texts):
+        trunks, tails = texts, []  # a second pass would not be worth it
+
+    def lengths(rows) -> Tensor:
+        return torch.tensor([len(row) for row in rows], device=device)
+
+    def left(rows, width: int) -> tuple[Tensor, Tensor]:  # (rows,) where each begins; its mask
+        begin = width - lengths(rows)
+        return begin, (torch.arange(width, device=device) >= begin[:, None]).long()
+
+    ids = pad_sequence([torch.tensor(t, device=device) for t in trunks], True, padding_side="left")
+    begin, mask = left(trunks, ids.shape[1])  # (K,), (K, L)
+    position = (mask.cumsum(1) - 1).clamp(min=0)  # from each row's first real token
+    states = forward(model, ids, mask, position, past)  # (K, L, H)
+    if cache.get_seq_length() != ids.shape[1]:
+        raise RuntimeError(f"{type(model).__name__} has kept no keys and values of its prompts")
+    if tails:
+        width, row = max(map(len, heads)), torch.tensor(trunk_of, device=device)  # (M,)
+        end = begin[row] + lengths(heads) - 1  # (M,) the column in which each head ends
+        cache.move(row, end, width)
+        states = columns_before(states, row, end, width)  # (M, width, H)
+        begin, mask = left(heads, width)  # (M,), (M, width)
+        ids = pad_sequence([torch.tensor(t, device=device) for t in tails], True)  # (M, E)
+        place = torch.arange(ids.shape[1], device=device)
+        mask = torch.cat([mask, (place < lengths(tails)[:, None]).long()], 1)
+        position = lengths(heads)[:, None] + place
+        states = torch.cat([states, forward(model, ids, mask, position, past)], 1)
+    width, row = max(map(len, prefixes)), torch.tensor(text_of, device=device)  # (S,)
+    end = begin[row] + lengths(prefixes) - 1  # (S,)
+    if texts is not prefixes:
+        cache.move(row, end, width)
+    return states[row, end], left(prefixes, width)[1], lengths(prefixes)[:, None] - 1
+
+
+def outermost(texts: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Those of `texts` that begin no other one, each once and in descending order; and for each of
+    `texts` the index of one that it is or begins."""
+    kept, place = [], {}
+    for text in sorted({*texts}, reverse=True):  # right after one that it begins, if any
+        if not kept or kept[-1][: len(text)] != text:
+            kept.append(text)
+        place[text] = len(kept) - 1
+    return kept, [place[text] for text in texts]
+
+
+def shared_heads(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """What each of `texts`, which ascend or descend, has in common with the likest other one, but
+    at least its first token."""
+    common = [len(os.path.commonprefix(pair)) for pair in pairwise(texts)]
+    return [text[: max(1, a, b)] for text, a, b in zip(texts, [0, *common], [*common, 0])]
+
+
+def area(rows: list[tuple[int, ...]]) -> int:
+    """Tokens of a batch of these rows, padding included."""
+    return len(rows) * max(map(len, rows))
+
+
+def columns_before(x: Tensor, row: Tensor, end: Tensor, width: int) -> Tensor:
+    """(S, width, ...) of x (rows, columns, ...): of each x[row] the columns up to and with `end`. In
+    place of what would be before the first column stands that one."""
+    columns = end[:, None] - torch.arange(width - 1, -1, -1, device=end.device)  # (S, width)
+    return x[row[:, None], columns.clamp(min=0)]
 
 
 def draw(model, hidden, row, temperature, greedy, generator) -> Tensor:
@@ -280,6 +354,13 @@ class KeyValues(DynamicCache):
             dtype = torch.get_autocast_dtype(keys.device.type)
             keys, values = keys.to(dtype), values.to(dtype)
         return super().update(keys, values, *args, **options)
+
+    def move(self, row: Tensor, end: Tensor, width: int) -> None:
+        """Keep the S rows `row`, as `columns_before` cuts them; (S, width) columns remain."""
+        for layer in self.layers:  # keys and values: (rows, heads, columns, head size)
+            for name in ("keys", "values"):
+                kept = columns_before(getattr(layer, name).transpose(1, 2), row, end, width)
+                setattr(layer, name, kept.transpose(1, 2))
 
 
 def cache_keyword(model) -> str:
