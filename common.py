@@ -707,56 +707,78 @@ def build_policy(vocab_size: int) -> LlamaForCausalLM:
 
 
 def imitation_batch(run: "RunConfig", tokenizer, problems: list[Problem], step: int):
-    """What the policy is to imitate, list[Sample]: on the built-in task the mistaken student's
-    work on 64 new sums, on a file the solutions of 8 problems, which are about as many tokens."""
+    """What the policy is to imitate, list[Sample]: the solutions of 8 problems; on the built-in task
+    the mistaken student's, and of 64 sums for the built-in policy, which are about as many tokens.
+    """
+    size = 64 if problems[0].checkable and not run.model else 8
     if problems[0].checkable:
-        facts, indices = wrong_facts(run.seed), range(step * 64, (step + 1) * 64)
+        facts, indices = wrong_facts(run.seed), range(step * size, (step + 1) * size)
         questions = [make_sum(run.seed, "train", i, run.terms).question for i in indices]
         students = [random.Random(f"{run.seed}-student-{i}") for i in indices]
         texts = [solve_sum(question, facts, rng) for question, rng in zip(questions, students)]
         batch = [Problem(question, text, "") for question, text in zip(questions, texts)]
     else:
-        batch = batch_at(problems, step, 8, f"{run.seed}-warm")
+        batch = batch_at(problems, step, size, f"{run.seed}-warm")
     below = pick_instruction(run, tokenizer)
     return [Sample(prompt_ids(tokenizer, p, below), solution_ids(tokenizer, p)) for p in batch]
 
 
-def warm_start(run: "RunConfig", problems: list[Problem], device, dtype) -> Path:
-    """Folder of the built-in policy after supervised training; made once, then shared and reused.
-
-    Muon on the matrices and AdamW on the rest learn the task several times faster than AdamW alone.
-    The folder's name hashes all that shapes the result, and it appears by one rename, so a killed
-    warm start leaves none. Two runs may make the same one at once: what the first saves is kept.
-    """
-    if dtype == torch.float16 or device.type == "cpu":  # no loss scaler here; bf16 is slow there
-        dtype = torch.float32
-    compute = Compute(dtype=dtype, training_tokens=training_tokens(device))
+def own_policy(seed: int, device):
+    """(model, tokenizer) of the built-in policy, with random weights."""
     tokenizer = build_tokenizer()
-    torch.manual_seed(run.seed)
-    model = build_policy(len(tokenizer)).to(device)
-    recipe = [run.seed, run.terms, run.warm_start_steps, WRONG_FACTS, ERROR_RATE, device.type]
-    recipe += [str(dtype), model.config.to_json_string(), [p[:2] for p in problems]]
-    recipe += filter(None, [pick_instruction(run, tokenizer)])
+    torch.manual_seed(seed)
+    return build_policy(len(tokenizer)).to(device).eval(), tokenizer
+
+
+def warm_start(
+    run: "RunConfig", problems: list[Problem], model, tokenizer, compute: Compute = Compute()
+) -> Path:
+    """Folder of the policy after `warm_start_steps` of supervised training, which is done to `model`
+    in place; made once, then shared and reused.
+
+    A given model is trained by AdamW at `warm_start_lr`, which falls to 0. The built-in one learns
+    its task several times faster with Muon on the matrices and AdamW on the rest, and at higher
+    rates. The folder's name hashes all that shapes the result, and it appears by one rename, so a
+    killed warm start leaves none. Two runs may make the same one at once: what the first saves is
+    kept. Raises BadInput if the loss is not finite.
+    """
+    device, steps = model.device, run.warm_start_steps
+    if compute.dtype == torch.float16 or device.type == "cpu":  # no scaler here; bf16 is slow there
+        compute = replace(compute, dtype=torch.float32)
+    if not run.model:  # it fits anywhere, and what is shared must not depend on --training_tokens
+        compute = replace(compute, training_tokens=training_tokens(device))
+    recipe = [run.seed, run.terms, steps, WRONG_FACTS, ERROR_RATE, device.type, str(compute.dtype)]
+    recipe += [[p[:2] for p in problems], weights_digest(model)]
+    recipe += [run.warm_start_lr] if run.model else []
+    recipe += [(s.context, s.ids) for s in imitation_batch(run, tokenizer, problems, 0)]
     name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     folder = Path("runs", "warm_start", name)
     if folder.is_dir():
         say(f"warm start: {folder}, made earlier")
         return folder
 
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
-    others = [p for n, p in model.named_parameters() if n not in matrices]
-    optimizers = [
-        torch.optim.Muon(matrices.values(), lr=0.03, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=5e-3, weight_decay=0.0),
-    ]
-    schedules = [get_linear_schedule_with_warmup(o, 20, run.warm_start_steps) for o in optimizers]
-    for step in (bar := tqdm(range(run.warm_start_steps), "warm start", unit="step")):
+    if run.model:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=run.warm_start_lr, weight_decay=0.0)]
+        rising = steps // 10
+    else:
+        matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n}
+        others = [p for n, p in model.named_parameters() if n not in matrices]
+        optimizers = [
+            torch.optim.Muon(matrices.values(), lr=0.03, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=5e-3, weight_decay=0.0),
+        ]
+        rising = 20
+    schedules = [get_linear_schedule_with_warmup(o, rising, steps) for o in optimizers]
+    for step in (bar := tqdm(range(steps), "warm start", unit="step")):
         samples = imitation_batch(run, tokenizer, problems, step)
         total, loss_sum = sum(len(s.ids) for s in samples), 0.0
         for micro in micro_batches(samples, compute.training_tokens):
             loss = -token_logprobs(model, collate(micro, device), compute=compute).sum() / total
             loss.backward()
             loss_sum += loss.item()
+        if not math.isfinite(loss_sum):
+            bar.close()
+            raise BadInput(f"the warm start's loss is {loss_sum}; a lower --warm_start_lr may help")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
@@ -772,6 +794,14 @@ def warm_start(run: "RunConfig", problems: list[Problem], device, dtype) -> Path
                 model.save_pretrained(tmp)
                 tokenizer.save_pretrained(tmp)
     return folder
+
+
+def weights_digest(model) -> str:
+    config = model.config.to_dict() | {"_name_or_path": ""}  # wherever it lies
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().numpy())
+    return digest.hexdigest()
 
 
 def load_policy(source: str | Path, device):
@@ -1216,24 +1246,36 @@ def evaluate(
     instruction: str = "", compute: Compute = Compute(),
 ) -> dict:  # fmt: skip
     """Accuracy over `problems` with standard errors: sampled (the mean of `samples` answers),
-    pass@k (the best of them) and greedy. The errors treat a problem, not an answer, as one draw."""
+    pass@k (the best of them) and greedy; and beside accuracy the share of answers in form, sampled
+    and greedy: what a policy gains may be no more than that. The errors treat a problem, not an
+    answer, as one draw."""
     states = [initial_state(tokenizer, problem, instruction) for problem in problems]
     generator = torch.Generator(model.device).manual_seed(seed)
 
-    def rewards(n: int, greedy: bool) -> Tensor:  # (problems, n)
+    def answers(n: int, greedy: bool) -> tuple[Tensor, Tensor]:  # (problems, n) right, in form
         rollouts = complete(
             model, tokenizer, states, n, max_new_tokens, temperature=temperature, greedy=greedy,
             generator=generator, compute=compute,
         )  # fmt: skip
-        return torch.tensor([r.reward for r in rollouts]).view(-1, n)
+        right = torch.tensor([r.reward for r in rollouts]).view(-1, n)
+        return right, torch.tensor([in_form(r, tokenizer) for r in rollouts]).float().view(-1, n)
 
-    sampled, greedy = rewards(samples, False), rewards(1, True)[:, 0]
+    sampled, formed = answers(samples, False)
+    greedy, greedy_formed = answers(1, True)
     result = {"k": samples}
     for name, values in dict(
-        accuracy=sampled.mean(1), pass_at_k=sampled.amax(1), greedy=greedy
-    ).items():
+        accuracy=sampled.mean(1), pass_at_k=sampled.amax(1), greedy=greedy[:, 0],
+        in_form=formed.mean(1), in_form_greedy=greedy_formed[:, 0],
+    ).items():  # fmt: skip
         result[name], result[f"{name}_stderr"] = mean_stderr(values.tolist())
     return result
+
+
+def in_form(answer: Rollout, tokenizer) -> bool:
+    """Has a whole answer ended by itself, with a final answer that can be read? Others get no
+    reward, whatever they say."""
+    text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+    return answer.finished and extract_answer(text) is not None
 
 
 def mean_stderr(values: list[float]) -> tuple[float, float]:
@@ -1245,7 +1287,8 @@ def mean_stderr(values: list[float]) -> tuple[float, float]:
 def describe(result: dict) -> str:
     labels = dict(accuracy="sampled", pass_at_k=f"pass@{result['k']}", greedy="greedy")
     items = [(label, result[key], result[f"{key}_stderr"]) for key, label in labels.items()]
-    return ", ".join(f"{label} {mean:.3f} ± {stderr:.3f}" for label, mean, stderr in items)
+    shown = ", ".join(f"{label} {mean:.3f} ± {stderr:.3f}" for label, mean, stderr in items)
+    return f"{shown}; in form {result['in_form']:.1%}, greedy {result['in_form_greedy']:.1%}"
 
 
 # ------------------------------------------------------------------------ settings and command line
@@ -1305,7 +1348,10 @@ class RunConfig:
         7, "built-in task: most terms of a sum; the fewest are two less", low=2, high=1000
     )
     warm_start_steps: int = arg(
-        300, "supervised steps that make the built-in policy; 0: none", low=0
+        300, "supervised steps before all else, on 8 solutions each; of a given --model 0", low=0
+    )
+    warm_start_lr: float = arg(
+        3e-5, "AdamW's highest rate in the supervised steps of a given --model", above=0
     )
     eval_problems: int = arg(500, "held-out problems per evaluation", low=1)
     eval_samples: int = arg(
@@ -1389,6 +1435,9 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
     except UnicodeEncodeError:
         raise BadInput("an argument is not text in UTF-8") from None
     given = parser.parse_known_args([word for word in typed if word not in ("-h", "--help")])[0]
+    if given.model:
+        tiny = tiny | dict(warm_start_steps=0)
+        parser.set_defaults(warm_start_steps=0)
     if given.model and given.data != "sums":
         parser.set_defaults(**LARGE | large)
     if given.tiny:
@@ -1462,33 +1511,27 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
             f"{title}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
             f"on {device} in {str(dtype)[6:]}; files in {folder}/"
         )
-    built_in = not (run.model or run.resume or run.eval_only)
-    if built_in:  # all that can be checked before it is made
-        own = build_tokenizer()
-        policy = build_policy(len(own))
-        check_prompts(train + test, own, pick_instruction(run, own), window(policy))
-    # What was made or is to be made here is opened by its owner; a given model that is no good
-    # leaves no trace.
-    lock = claim(folder) if built_in or run.resume else None
-    if built_in:
-        check_disk(folder, policy)
-    model, tokenizer = open_policy(run, folder, train, device, dtype)
+    # What is to go on here is opened by its owner; a given model that is no good leaves no trace.
+    lock = claim(folder) if run.resume else None
+    if run.resume or (run.eval_only and not run.model):
+        model, tokenizer = load_policy(find_checkpoint(folder), device)
+    else:
+        model, tokenizer = first_policy(run, device)
     instruction = pick_instruction(run, tokenizer)
-    if not (built_in or run.resume):  # of these it was known
-        check_prompts(train + test, tokenizer, instruction, window(model))
+    check_prompts(train + test, tokenizer, instruction, window(model))
     if not run.eval_only:
         lock = lock or claim(folder)
         run_folder(cfg, run)  # another run of this name may have begun meanwhile, and ended
         check_disk(folder, model)
     compute = Compute(dtype=dtype, training_tokens=run.training_tokens)
+    if not (run.resume or run.eval_only):
+        model, tokenizer = warm_started(run, train, model, tokenizer, compute)
     fitting = sampling_tokens(
         free_memory(device), count_parameters(model), token_bytes(model, compute)
     )
     compute.sampling_tokens = run.sampling_tokens or fitting
     run = replace(run, sampling_tokens=compute.sampling_tokens)
-    if run.gradient_checkpointing:
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
-        no_dropout(model)
+    recompute_layers(model, run)
 
     def held_out() -> dict:
         return evaluate(
@@ -1549,17 +1592,29 @@ def check_prompts(problems: list[Problem], tokenizer, instruction: str, longest:
             )
 
 
-def open_policy(run: RunConfig, folder: Path, train: list, device, dtype):
-    """(model, tokenizer) to begin from: the run's checkpoint, --model, or the warm start."""
-    if run.resume or (run.eval_only and not run.model):
-        source = find_checkpoint(folder)
-    elif run.model:
-        source = run.model
-        if not Path(source).exists():
-            say(f"model: {source}, from the hub or its cache here")
-    else:
-        source = warm_start(run, train, device, dtype)
-    return load_policy(source, device)
+def first_policy(run: RunConfig, device):
+    """(model, tokenizer) of --model, or else of the built-in policy before its warm start."""
+    if not run.model:
+        return own_policy(run.seed, device)
+    if not Path(run.model).exists():
+        say(f"model: {run.model}, from the hub or its cache here")
+    return load_policy(run.model, device)
+
+
+def warm_started(run: RunConfig, train: list[Problem], model, tokenizer, compute: Compute):
+    """(model, tokenizer) after the warm start, if the run has one; `model` is used up."""
+    if run.model and not run.warm_start_steps:
+        return model, tokenizer
+    recompute_layers(model, run)
+    folder = warm_start(run, train, model, tokenizer, compute)
+    return load_policy(folder, model.device)
+
+
+def recompute_layers(model, run: RunConfig) -> None:
+    """Layers forget their activations, and compute them again going backward, if asked to."""
+    if run.gradient_checkpointing:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+        no_dropout(model)
 
 
 def claim(folder: Path) -> filelock.BaseFileLock:
@@ -1657,15 +1712,60 @@ def saved_if_not_finite(
         raise SystemExit(f"\n{stopped}") from None
 
 
-def log_step(setup: Setup, step: int, bar, schedule, progress: dict, metrics: dict) -> None:
-    """Add a step's row to metrics.csv, evaluating if it is time to."""
+def log_step(
+    setup: Setup, step: int, bar, schedule, progress: dict, metrics: dict, answers: list[Rollout]
+) -> None:
+    """Add a step's row to metrics.csv, evaluating if it is time to. answers: the step's whole ones;
+    if no reward has come in the first steps, it is said why."""
     every = setup.run.eval_every
     row = dict(step=step + 1) | metrics | dict(lr=schedule.get_last_lr()[0])
+    row["in_form"] = sum(in_form(r, setup.tokenizer) for r in answers) / len(answers)
     row["sampled_tokens"] = progress["sampled_tokens"]
     row["seconds"] = round(progress["seconds"], 2)
-    row["held_out"] = setup.evaluate()["accuracy"] if every and (step + 1) % every == 0 else ""
+    held_out = setup.evaluate() if every and (step + 1) % every == 0 else {}
+    row["held_out"] = held_out.get("accuracy", "")
+    row["held_out_in_form"] = held_out.get("in_form", "")
     append_metrics(setup.folder, row)
     bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", refresh=False)
+    warn_if_no_reward(setup, step, progress, answers)
+
+
+FEW = 64  # answers: if they all fail, less than 1 in 20 is right
+
+
+def warn_if_no_reward(setup: Setup, step: int, progress: dict, answers: list[Rollout]) -> None:
+    """Say once, after FEW answers or three steps without a reward, what became of them and which
+    settings would help. Keeps count in `progress` until then."""
+    counts = progress.setdefault("failed", dict(answers=0, cut=0, no_form=0))
+    if counts is None:
+        return
+    counts["answers"] += len(answers)
+    counts["cut"] += sum(not r.finished for r in answers)
+    counts["no_form"] += sum(r.finished and not in_form(r, setup.tokenizer) for r in answers)
+    if any(r.reward for r in answers):
+        progress["failed"] = None
+    elif counts["answers"] >= FEW or step + 1 == min(3, setup.cfg.steps):
+        progress["failed"] = None
+        tqdm.write(printable(why_no_reward(**counts)))
+
+
+def why_no_reward(answers: int, cut: int, no_form: int) -> str:
+    """In words, the most frequent first: what became of so many answers, none of which was right.
+
+    >>> print(why_no_reward(answers=4, cut=3, no_form=1))
+    none of the first 4 answers got a reward: 75% were cut by their budget (--max_new_tokens), 25% ended without a final answer in the form that --prompt asks for (--warm_start_steps teaches it)
+    """
+    reasons = {
+        "ended without a final answer in the form that --prompt asks for (--warm_start_steps "
+        "teaches it)": no_form,
+        "were cut by their budget (--max_new_tokens)": cut,
+        "were wrong (easier --data, as --terms 3 is, or a stronger --model)": answers
+        - cut
+        - no_form,
+    }
+    listed = sorted(reasons.items(), key=lambda reason: -reason[1])
+    shares = [f"{count / answers:.0%} {reason}" for reason, count in listed if count]
+    return f"none of the first {answers} answers got a reward: {', '.join(shares)}"
 
 
 def append_metrics(folder: Path, row: dict) -> None:

@@ -400,7 +400,7 @@ def main() -> None:
         progress["seconds"] += time.time() - began
         accuracy = sum(r.reward for r in rollouts) / len(rollouts)
         metrics = dict(accuracy=accuracy) | metrics | describe_step(rollouts, credit)
-        common.log_step(setup, step, bar, schedule, progress, metrics)
+        common.log_step(setup, step, bar, schedule, progress, metrics, answers=rollouts)
         if common.is_shown(run, step):
             owners = [problem for problem in problems for _ in range(cfg.group_size)]
             view = partial(show_answer, owners, rollouts, credit, ratios, cfg, tokenizer)

@@ -604,7 +604,8 @@ def main() -> None:
         for key, count in counts.items():
             progress["counts"][key] = progress["counts"].get(key, 0) + count
         metrics = dict(accuracy=credit.accuracy) | metrics | describe_step(credit, counts, cfg)
-        common.log_step(setup, step, bar, schedule, progress, metrics)
+        whole = [rollout for rollouts in drawn for rollout in rollouts]
+        common.log_step(setup, step, bar, schedule, progress, metrics, answers=whole)
         if common.is_shown(run, step):
             common.show(setup.folder, step, partial(show_answer, credit, tokenizer))
     totals = progress["counts"]

@@ -402,13 +402,14 @@ def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[
 
 
 def reference_policy(setup: common.Setup):
-    """The policy that the run began with, to stay as it is; setup.model is what it has become. The
+    """The policy that the run began with, to stay as it is; setup.model is what it has become. A
     warm start is kept in runs/, and would come out the same if made again."""
     run, device = setup.run, setup.model.device
     if not run.resume:
         return copy.deepcopy(setup.model).requires_grad_(False)
-    source = run.model or common.warm_start(run, setup.train, device, setup.compute.dtype)
-    return common.load_policy(source, device)[0].requires_grad_(False)
+    model, tokenizer = common.first_policy(run, device)
+    model, _ = common.warm_started(run, setup.train, model, tokenizer, setup.compute)
+    return model.requires_grad_(False)
 
 
 def update(
@@ -672,7 +673,8 @@ def main() -> None:
         progress["seconds"] += time.time() - began
         count_hits(progress, problems, credit.answers, tokenizer)
         metrics = dict(accuracy=credit.accuracy) | metrics | describe_step(credit, samples, cfg)
-        common.log_step(setup, step, bar, schedule, progress, metrics)
+        whole = [answer.rollout for answer in credit.answers]
+        common.log_step(setup, step, bar, schedule, progress, metrics, answers=whole)
         if common.is_shown(run, step):
             if cfg.variant == "tree":
                 view = partial(show_tree, problems, tree, credit, tokenizer, cfg)

@@ -46,8 +46,8 @@ def policy(shape: str = ""):
     run = common.RunConfig()
     problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
     if not shape:
-        folder = common.warm_start(run, problems, DEVICE, DTYPE)
-        return *common.load_policy(folder, DEVICE), problems
+        model, tokenizer = common.first_policy(run, DEVICE)
+        return *common.warm_started(run, problems, model, tokenizer, HERE), problems
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(memory.config(shape)).to(DEVICE).eval()
     return model, common.build_tokenizer(), problems

@@ -265,7 +265,8 @@ def localiser_table(problems: int) -> None:
             if label == "warm start":
                 train = common.load_problems("sums", "train", None, seed)
                 settings = common.RunConfig(seed=seed)
-                folder = common.warm_start(settings, train, cpu, torch.float32)
+                model, tokenizer = common.first_policy(settings, cpu)
+                folder = common.warm_start(settings, train, model, tokenizer)
             resets += localiser_row(folder, seed, problems)
         cells = []
         for localise in (

@@ -322,7 +322,8 @@ def test_the_seed_decides_the_weights_that_a_policy_begins_with(tmp_path, monkey
     problems, cpu = common.load_problems("sums", "train", 9), torch.device("cpu")
     for seed in (0, 5):
         settings = common.RunConfig(seed=seed, warm_start_steps=0)
-        folder = common.warm_start(settings, problems, cpu, torch.float32)
+        model, tokenizer = common.first_policy(settings, cpu)
+        folder = common.warm_start(settings, problems, model, tokenizer)
         torch.manual_seed(seed)
         wanted = common.build_policy(len(common.build_tokenizer())).state_dict()
         given = common.load_policy(folder, cpu)[0].state_dict()

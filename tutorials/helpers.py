@@ -94,8 +94,8 @@ def desk(seed: int = 0) -> Desk:
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),
     ):
-        folder = common.warm_start(run, train, device, torch.float32)
-        model, tokenizer = common.load_policy(folder, device)
+        model, tokenizer = common.first_policy(run, device)
+        model, tokenizer = common.warm_started(run, train, model, tokenizer, common.Compute())
     test = common.load_problems("sums", "test", 100, seed, TERMS)
     return Desk(model, tokenizer, train, test, common.wrong_facts(seed))
 
