@@ -249,14 +249,12 @@ def prefill(model, prefixes: list[tuple[int, ...]], past: dict, cache: "KeyValue
     first words of a chat template, come their heads first, and in a second pass the tails.
     """
     device = model.device
-    texts, text_of = prefixes, list(range(len(prefixes)))  # M texts
-    if all(type(layer) is DynamicLayer for layer in cache.layers):  # others drop what is far back
-        texts, text_of = outermost(prefixes)
-    heads = shared_heads(texts)
-    trunks, trunk_of = outermost(heads)  # K trunks: the heads, but for those that begin another
+    shares = all(type(layer) is DynamicLayer for layer in cache.layers)  # others drop what is past
+    itself = prefixes, list(range(len(prefixes)))
+    texts, text_of = outermost(prefixes) if shares else itself  # M texts
+    heads = shared_heads(texts) if shares else texts
+    trunks, trunk_of = outermost(heads) if shares else itself  # K: heads that begin no other one
     tails = [text[len(head) :] for text, head in zip(texts, heads)]
-    if texts is prefixes or area(trunks) + area(tails) > 0.75 * area(texts):
-        trunks, tails = texts, []  # a second pass would not be worth it
 
     def lengths(rows) -> Tensor:
         return torch.tensor([len(row) for row in rows], device=device)
@@ -265,26 +263,29 @@ def prefill(model, prefixes: list[tuple[int, ...]], past: dict, cache: "KeyValue
         begin = width - lengths(rows)
         return begin, (torch.arange(width, device=device) >= begin[:, None]).long()
 
-    ids = pad_sequence([torch.tensor(t, device=device) for t in trunks], True, padding_side="left")
+    def tensors(rows) -> list[Tensor]:
+        return [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+
+    ids = pad_sequence(tensors(trunks), True, padding_side="left")  # (K, L)
     begin, mask = left(trunks, ids.shape[1])  # (K,), (K, L)
     position = (mask.cumsum(1) - 1).clamp(min=0)  # from each row's first real token
     states = forward(model, ids, mask, position, past)  # (K, L, H)
     if cache.get_seq_length() != ids.shape[1]:
         raise RuntimeError(f"{type(model).__name__} has kept no keys and values of its prompts")
-    if tails:
+    if any(tails):
         width, row = max(map(len, heads)), torch.tensor(trunk_of, device=device)  # (M,)
         end = begin[row] + lengths(heads) - 1  # (M,) the column in which each head ends
         cache.move(row, end, width)
         states = columns_before(states, row, end, width)  # (M, width, H)
         begin, mask = left(heads, width)  # (M,), (M, width)
-        ids = pad_sequence([torch.tensor(t, device=device) for t in tails], True)  # (M, E)
+        ids = pad_sequence(tensors(tails), True)  # (M, E)
         place = torch.arange(ids.shape[1], device=device)
         mask = torch.cat([mask, (place < lengths(tails)[:, None]).long()], 1)
         position = lengths(heads)[:, None] + place
         states = torch.cat([states, forward(model, ids, mask, position, past)], 1)
     width, row = max(map(len, prefixes)), torch.tensor(text_of, device=device)  # (S,)
     end = begin[row] + lengths(prefixes) - 1  # (S,)
-    if texts is not prefixes:
+    if shares:
         cache.move(row, end, width)
     return states[row, end], left(prefixes, width)[1], lengths(prefixes)[:, None] - 1
 
@@ -301,15 +302,22 @@ def outermost(texts: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list
 
 
 def shared_heads(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What each of `texts`, which ascend or descend, has in common with the likest other one, but
-    at least its first token."""
+    """The head of each of `texts`, which ascend or descend: what it has in common with the likest
+    other one, or more, so that no tail is longer than some E. E is chosen for the fewest tokens in
+    both passes, padding included; 0, so no tails, unless a second pass saves a quarter of them."""
     common = [len(os.path.commonprefix(pair)) for pair in pairwise(texts)]
-    return [text[: max(1, a, b)] for text, a, b in zip(texts, [0, *common], [*common, 0])]
+    shared = [max(1, a, b) for a, b in zip([0, *common], [*common, 0])]
 
+    def heads(most: int) -> list[tuple[int, ...]]:
+        return [text[: max(n, len(text) - most)] for text, n in zip(texts, shared)]
 
-def area(rows: list[tuple[int, ...]]) -> int:
-    """Tokens of a batch of these rows, padding included."""
-    return len(rows) * max(map(len, rows))
+    def tokens(most: int) -> float:
+        trunks = outermost(heads(most))[0]
+        two = len(trunks) * max(map(len, trunks)) + len(texts) * most
+        return two / 0.75 if most else two
+
+    longest = max(map(len, texts)).bit_length()
+    return heads(min((0, *(1 << i for i in range(longest))), key=tokens))
 
 
 def columns_before(x: Tensor, row: Tensor, end: Tensor, width: int) -> Tensor:
