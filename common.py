@@ -390,8 +390,8 @@ def complete(
     """`n` rewarded completions of each state, state-major.
 
     A state is (prompt ids, answer ids so far, true answer); its rollouts' `prompt` holds the first
-    two. Budget and reward are those of the whole answer, and one cut by `limit`, the most tokens
-    a completion may add to its state, is as wrong as any that is cut. options: `sample`'s.
+    two. Budget and reward are those of the whole answer. options: `sample`'s. limit: the most
+    tokens to add to a state; one that it stops gets no reward, like any truncated answer.
     """
     prefixes = [[*prompt, *done] for prompt, done, _ in states]
     rooms = [answer_budget(model, prompt, max_new_tokens) - len(done) for prompt, done, _ in states]
@@ -454,8 +454,8 @@ def token_logprobs(
     time; they and their log-softmax are fp32 whatever the autocast dtype. with_entropy: returns a
     pair, the second being the policy's entropy at each trained id in nats, (B, T).
     """
-    # transformers recomputes layers that are in training mode; what is inside them stays out of it,
-    # for there would be dropout.
+    # transformers recomputes layers that are in training mode. Only the layer's own flag is set; its
+    # submodules stay in eval mode, so there is no dropout.
     layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
 
     def recompute(on: bool) -> None:
@@ -465,7 +465,9 @@ def token_logprobs(
     def chunk_logprobs(hidden: Tensor, targets: Tensor):  # (N, H), (N,) -> (N,), (N,)
         logprobs = (head_logits(model, hidden) / temperature).log_softmax(-1)  # (N, V)
         chosen = logprobs.gather(-1, targets[:, None])[:, 0]
-        return chosen, -(logprobs.exp() * logprobs).sum(-1) if with_entropy else chosen.detach()
+        if not with_entropy:
+            return chosen, chosen.detach()  # a stand-in
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
     with compute.autocast(model.device):
         # Attention is causal and padding stands on the right: no real token sees it, so no mask.
@@ -534,15 +536,16 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_eps: float | Tensor):
     """PPO's objective per action (arXiv 1707.06347, Eq. 7), to be maximised, and where the clip has
-    cut the gradient; all of one shape. log_ratio: log pi(action) - log pi_old(action).
+    stopped the gradient. log_ratio: log pi(action) - log pi_old(action). clip_eps: a number, or
+    (B, T) like the others.
 
     min() makes the clip one-sided: a positive advantage stops pushing once the ratio is above
     1 + eps, a negative one once it is below 1 - eps.
     """
     ratio = log_ratio.clamp(-10, 10).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    return objective, clipped * advantages < ratio * advantages
+    clamped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    objective = torch.minimum(ratio * advantages, clamped * advantages)
+    return objective, clamped * advantages < ratio * advantages
 
 
 def k3(log_ratio: Tensor) -> Tensor:
