@@ -1,61 +1,72 @@
 """SPO: Segment Policy Optimization (Guo et al., arXiv 2505.23564 v2), chain and tree, in one file.
 
 GRPO gives all tokens of an answer one advantage; PPO trains a critic to give each its own. SPO
-stands between: cut the answer into segments, estimate the value V of each cut by Monte Carlo, and
-credit a segment with the value it added (Eq. 2):
+stands between: cut the answer into segments, estimate the value V of the state at each cut by Monte
+Carlo, and credit a segment with the value it added (Eq. 2):
 
     A_k = V(state at the end of segment k) - V(state at its start),    V(end of answer) = reward
 
-A value changes only where the policy could have gone on otherwise, so a chain is cut before
-unlikely tokens (cutpoints), and both variants train unlikely tokens alone (the mask, of the same
-threshold: with a cut at every cutpoint, a segment trains its first token).
+Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
+common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
+`sample`), `score` (with `token_logprobs`), `clipped_surrogate`, `k3` and `minibatches`. --steps
+counts rounds: a round (`step`) samples once, and trains in one update (optimiser step) or more.
 
-    chain: V of each cut | is the mean reward of N fresh continuations from there
+A value changes only where the policy could have gone on otherwise, so a chain is cut before
+unlikely tokens (cutpoints). A segment's first token is its boundary, or start. In both variants the
+mask trains unlikely tokens only, those below the same threshold: with a cut at every cutpoint, the
+first token of each segment. In the drawings " / " is a line break.
+
+    chain: V of each cut (marked |) is the mean reward of N fresh continuations from there
 
         12+6-8:  12+6=1|8 / 18-8=1|1 / #### 1|1   reward 0      A of "8 / 18-8=1"   3/4 - 2/4
                        |          |          |                  A of "1 / #### 1"     0 - 3/4
                    V  2/4        3/4         0                  A of the last "1"     0 - 0
 
-    tree: b continuations of so many tokens, b of each, and so on; the last level runs to the end
+        "12+6=1" before the first cut has A = 0: the policy was sure of it, so no value changed
 
-        12+6-8 -+- 12+6=18 18-8 -+- =10 #### 10   V = reward = 1    V(node) = mean V of its children
-                |  V = 1/2       +- =11 #### 11   V = reward = 0    A(node) = V(node) - V(parent)
+    tree: each node gets b children (--branching) of segment_tokens tokens; those of the last level
+    run to the end. V(node) = mean V of its children; A(node) = V(node) - V(parent)
+
+        12+6-8 -+- 12+6=18 / 18-8 -+- =10 / #### 10     V = reward = 1
+                |  V = 1/2         +- =11 / #### 11     V = reward = 0
         V = 1/4 |
-                +- 12+6=19 19-8 -+- =11 #### 11   V = 0             nodes with A != 0 are samples; A
-                   V = 0         +- =11 #### 11   V = 0             is that of all tokens of one
+                +- 12+6=19 / 19-8 -+- =11 / #### 11     V = 0
+                   V = 0           +- =11 / #### 11     V = 0
+
+        each node with A != 0 is a sample, and all tokens of its segment have its A
 
     L = -1/Z sum_t M_t min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) + kl_coef KL(pi || pi_initial)
 
 with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
-elsewhere; Z is the sum of M_t. The KL is estimated by q - 1 - log q with q = pi_initial / pi (k3),
-summed over a sample's tokens with M_t = 1, mean over samples, as in the paper.
+elsewhere; Z is the sum of M_t. The KL is k3(log pi_initial - log pi), summed over a sample's tokens
+with M_t = 1, mean over samples, as in the paper. GRPO, here without a KL and with the mean over all
+tokens of an update, is the case of one segment, V = its group's mean reward, and M_t = 1.
 
 The built-in task is running sums, a step a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
 
 Departures from the paper, and choices where paper and released code disagree:
- 1. Advantages are used as they are. The code whitens them per micro-batch, which can flip signs.
- 2. Z is the sum over the whole optimiser step, so micro-batches do not change the gradient (the
-    code's is per micro-batch). Answers of a chain whose advantages are all 0 count in Z; nodes of a
-    tree with A = 0 do not, for they are no samples, as in paper and code.
- 3. The end token is trained, for a policy from scratch must learn to stop; the code masks it. An
-    answer that its budget has truncated has no end token.
+ 1. Advantages are used as they are. The authors' code whitens them per micro-batch, which can flip
+    signs.
+ 2. Z is the sum over the whole update, so micro-batches do not change the gradient (in the authors'
+    code it is per micro-batch). Answers of a chain whose advantages are all 0 count in Z; nodes of
+    a tree with A = 0 do not, for they are no samples, as in paper and authors' code.
+ 3. The end token is trained, for a policy from scratch must learn to stop; the authors' code masks
+    it. An answer that its budget has truncated has no end token.
  4. Prefixes are cut on token ids, never decoded and tokenised again.
- 5. No top-p: the policy that is scored is exactly the one that sampled. The KL is off by default.
+ 5. No top-p: the policy that is scored is exactly the one that sampled. On the built-in task the KL
+    is off.
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
     groups.
  7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
     the paper's (LARGE). The rate is constant after its warm-up.
- 8. Without replay a step trains all its nodes. With it, a step trains so many nodes of a question
-    and so many in all, and the others wait for later steps, off-policy, which uses all that large
-    trees give. The code shuffles and cuts, or repeats, to a fixed number.
+ 8. Without replay a round trains all nodes with A != 0. With it, at most replay_nodes of a problem
+    and replay_total in all; the others wait, off-policy, and are dropped when replay_age rounds
+    old. The authors' code shuffles and cuts, or repeats, to a fixed number.
 
     python spo.py                   70 s on two cores, held-out accuracy 0.22 -> 0.88
     python spo.py --variant tree    75 s, 0.22 -> 0.90
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
-
-Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample`),
-`score` (with `token_logprobs`) and `clipped_surrogate`; skip what handles files and the screen.
 """
 
 import copy
@@ -88,7 +99,7 @@ class Config:
     )
     continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)", low=1)
     segment_tokens: int = arg(
-        12, "fixed, tree: tokens of a segment (M); the tree's last may go on", low=1
+        12, "fixed, tree: tokens of a segment; a tree's last ones run to the end", low=1
     )
     branching: list[int] = arg(
         [2, 2, 2], "tree: children of a node, level by level, as in --branching 6 6 6", low=2
@@ -96,23 +107,22 @@ class Config:
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     replay_age: int = arg(
         0,
-        "tree: nodes of the last so many steps, this one included, can be trained; 0: no replay",
+        "tree: train nodes of the last so many rounds, this one included; 1 only caps a round's "
+        "own, 0 does not: no replay",
         low=0,
     )
     replay_nodes: int = arg(
-        32, "replay: most nodes of a problem in a step; a 2-2-2 tree has 14", low=1
+        32, "replay: most nodes of a problem in a round; a 2-2-2 tree has 14", low=1
     )
-    replay_total: int = arg(512, "replay: most nodes in a step; the others wait", low=1)
+    replay_total: int = arg(512, "replay: most nodes in a round; the others wait", low=1)
     mask: bool = arg(True, "train only tokens below the threshold: the probability mask")
-    prompts: int = arg(64, "problems per step", low=1)
+    prompts: int = arg(64, "problems per round", low=1)
     group_size: int = arg(1, "chain: answers per problem (G)", low=1)
-    batch_size: int = arg(0, "answers, or nodes, in an optimiser step; 0: all of the step's", low=0)
-    epochs: int = arg(1, "passes over each step's answers or nodes", low=1)
+    batch_size: int = arg(0, "answers, or nodes, per update; 0: all of the round's", low=0)
+    epochs: int = arg(1, "passes over each round's answers or nodes", low=1)
     steps: int = arg(100, "rounds of sampling and training", low=1)
     lr: float = arg(5e-4, "AdamW's learning rate", above=0)
-    warmup_updates: int = arg(
-        10, "optimiser steps over which the learning rate rises from 0", low=0
-    )
+    warmup_updates: int = arg(10, "updates over which the learning rate rises from 0", low=0)
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)", above=0)
     kl_coef: float = arg(
         0.0, "weight of the KL to the initial policy, which is loaded if above 0", low=0
@@ -125,28 +135,30 @@ class Config:
         common.check_bounds(self)
         if self.partition == "trajectory" and self.group_size == 1:
             raise BadInput("--partition trajectory: needs a group, so --group_size 2 or more")
-        tree, answers = self.variant == "tree", self.prompts * self.group_size
-        if not tree and self.batch_size and answers % self.batch_size:
-            raise BadInput(f"--batch_size {self.batch_size}: must divide {answers} answers a step")
+        tree, answer_count = self.variant == "tree", self.prompts * self.group_size
+        # A chain's updates are all of one size; of trees it is not known how many nodes will train.
+        if not tree and self.batch_size and answer_count % self.batch_size:
+            wrong = f"--batch_size {self.batch_size}"
+            raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
         if tree and (self.partition != "cutpoint" or self.group_size > 1):
             raise BadInput("--variant tree: takes no --partition or --group_size, but --branching")
         if not tree and (self.replay_age or self.scale_advantages):
             raise BadInput("--replay_age, --scale_advantages: are for --variant tree only")
 
 
-# Other defaults, of Config and of common.RunConfig: with --tiny, and for a given --model on given
-# --data.
+# Other defaults of Config and of common.RunConfig: with --tiny.
 TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
-LARGE = dict(  # defaults for a given model on given problems: the paper's, for about 1B
+# And for a given --model on given --data (not the built-in task): the paper's, for about 1B.
+LARGE = dict(
     interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], epochs=2,
     lr=1e-6, kl_coef=1e-4, temperature=0.6,
 )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------- pure maths
+# ------------------------------------------------------------------------------- pure functions
 
 
 def segment_starts(probs, interval: int, threshold: float) -> list[int]:
@@ -154,7 +166,7 @@ def segment_starts(probs, interval: int, threshold: float) -> list[int]:
 
     probs (T,): pi_old's probability of each token it sampled, at the sampling temperature. A
     cutpoint is a token strictly below `threshold`; a boundary is the first cutpoint and every
-    interval-th after it. Raises ValueError for an interval below 1.
+    interval-th after it; none without a cutpoint. Raises ValueError for an interval below 1.
 
     >>> segment_starts([1.0, 0.5, 1.0, 0.8, 0.3, 1.0], interval=2, threshold=0.9)
     [1, 4]
@@ -169,8 +181,8 @@ def chain_advantages(starts: list[int], values: list[float], reward: float, leng
     """(length,) one advantage per response token: a segment's value at its end minus at its start.
 
     values: V-hat at each of starts. The last segment ends in the answer's own reward, no estimate.
-    Tokens before the first start get 0: the policy was sure of them, so no value changed. Raises
-    ValueError unless starts ascend in [0, length) and have a value each.
+    Tokens before the first start get 0: the policy was sure of them, so no value changed; without a
+    start all do. Raises ValueError unless starts ascend in [0, length) and have a value each.
 
     >>> chain_advantages([1, 4], [0.25, 0.75], reward=0.0, length=6).tolist()
     [0.0, 0.5, 0.5, 0.5, -0.75, -0.75]
@@ -187,10 +199,11 @@ def chain_advantages(starts: list[int], values: list[float], reward: float, leng
 def tree_advantages(parents: list[int], rewards: list[float], scale: bool = False):
     """Values and advantages of a tree's nodes, two lists of floats (Section 4).
 
-    parents: each node's index, -1 for a root, listed parents first; rewards: count where a node has
-    no children. V(n) is the mean over its DIRECT children, A(n) = V(n) - V(parent), a root's is 0.
-    scale: A is also divided by the population std of the siblings' values. In exact fractions: a
-    rounding error must not tell equal siblings apart. Raises ValueError for a parent out of order.
+    parents[n]: the index of n's parent, -1 for a root; a parent stands before its children.
+    rewards[n]: used only where n is a leaf. V(n) is the mean over its DIRECT children, and
+    A(n) = V(n) - V(parent), a root's is 0. scale: A is also divided by the population std of the
+    siblings' values. In exact fractions: a rounding error must not tell equal siblings apart.
+    Raises ValueError for a parent out of order.
 
     >>> tree_advantages([-1, 0, 0, 1, 1], [0, 0, 0, 1, 0])
     ([0.25, 0.5, 0.0, 1.0, 0.0], [0.0, 0.25, -0.25, 0.5, -0.5])
@@ -214,14 +227,17 @@ def tree_advantages(parents: list[int], rewards: list[float], scale: bool = Fals
 
 def trained_tokens(batch: Batch, cfg: Config) -> Tensor:
     """(B, T) bool: M_t, the tokens pi_old gave less than `threshold`; all of them with mask off."""
-    return batch.mask & (batch.old_logprobs.exp() < cfg.threshold) if cfg.mask else batch.mask
+    if not cfg.mask:
+        return batch.mask
+    return batch.mask & (batch.old_logprobs.exp() < cfg.threshold)
 
 
 def spo_loss(logprobs: Tensor, batch: Batch, mask: Tensor, normaliser: int, clip_eps: float):
-    """One micro-batch's part of the loss L in the header, and (B, T) where the clip cut it.
+    """One micro-batch's part of L without its KL (`update` adds that), and (B, T) bool: where the
+    clip has stopped the gradient.
 
-    mask: M (B, T). normaliser: Z, the sum of M over the WHOLE optimiser step; where that is 0, so
-    is the loss.
+    mask: M (B, T). normaliser: Z, the sum of M over the WHOLE update; where that is 0, so is the
+    loss.
     """
     log_ratio = logprobs - batch.old_logprobs  # (B, T)
     objective, clipped = common.clipped_surrogate(log_ratio, batch.advantages, clip_eps)  # (B, T)
@@ -234,17 +250,17 @@ def spo_loss(logprobs: Tensor, batch: Batch, mask: Tensor, normaliser: int, clip
 class Answer(NamedTuple):
     """An answer with its credit; of a tree, the path down to a leaf. For metrics and display."""
 
-    owner: int  # which of the step's problems it answers
+    owner: int  # which of the round's problems it answers
     rollout: Rollout
-    starts: list[int]  # its segments' first tokens
+    starts: list[int]  # its boundaries: its segments' first tokens
     advantages: list[float]  # one per token
 
 
 class Credit(NamedTuple):
     samples: list[Sample]  # to train on: whole answers (chain), nodes with A != 0 (tree)
     owners: list[int]  # the problem of each sample
-    answers: list[Answer]
-    accuracy: float  # mean value of the problems, as sampled
+    answers: list[Answer]  # chain: answers[i] is that of samples[i]
+    accuracy: float  # mean reward of the sampled answers (tree: mean V of the roots)
     entropy: float  # the policy's, mean over the tokens of `samples`, nats
     tokens: int  # all that were sampled
 
@@ -252,7 +268,7 @@ class Credit(NamedTuple):
 def estimate_values(
     model, tokenizer, states, cfg: Config, generator, compute=Compute()
 ) -> tuple[list[float], int]:
-    """V-hat of each state (prompt ids, answer ids so far, true answer), and the tokens it took.
+    """V-hat of each state (prompt ids, answer ids so far, true answer); how many tokens that took.
 
     The mean reward of N fresh continuations by the sampling policy, each within what is left of
     the answer's budget. Equal states share one estimate.
@@ -285,28 +301,28 @@ def boundaries(s: Sample, model, tokenizer, cfg: Config) -> list[int]:
 
 
 def assign_credit(
-    model, tokenizer, rollouts, answers, cfg: Config, generator, compute=Compute()
+    model, tokenizer, rollouts, true_answers, cfg: Config, generator, compute=Compute()
 ) -> Credit:
     """SPO-chain: rewarded rollouts, group_size to a prompt, and their true answers -> credit."""
     samples = [Sample(r.prompt, r.ids) for r in rollouts]
     # This also fills in each sample's old log-probs.
     entropy = common.score(model, samples, cfg.temperature, compute)
-    starts = [boundaries(s, model, tokenizer, cfg) for s in samples]
+    all_starts = [boundaries(s, model, tokenizer, cfg) for s in samples]
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (P, G)
     if cfg.partition == "trajectory":  # GRPO: the value of the prompt is the mean of its group
         values = rewards.mean(1).repeat_interleave(cfg.group_size).tolist()
         tokens = 0
     else:
         states = []
-        for s, answer, cuts in zip(samples, answers, starts):
-            states += [(s.context, s.ids[:t], answer) for t in cuts]
+        for s, true_answer, starts in zip(samples, true_answers, all_starts):
+            states += [(s.context, s.ids[:t], true_answer) for t in starts]
         values, tokens = estimate_values(model, tokenizer, states, cfg, generator, compute)
-    credited, used = [], 0  # of `values`: one per boundary, answer by answer
-    for i, (s, r, cuts) in enumerate(zip(samples, rollouts, starts)):
-        own = values[used : used + len(cuts)]
-        used += len(cuts)
-        s.advantages = chain_advantages(cuts, own, r.reward, len(r.ids)).tolist()
-        credited.append(Answer(i // cfg.group_size, r, cuts, s.advantages))
+    credited, used = [], 0  # how many values are used; they are one per boundary, in order
+    for i, (s, r, starts) in enumerate(zip(samples, rollouts, all_starts)):
+        own = values[used : used + len(starts)]
+        used += len(starts)
+        s.advantages = chain_advantages(starts, own, r.reward, len(r.ids)).tolist()
+        credited.append(Answer(i // cfg.group_size, r, starts, s.advantages))
     return Credit(
         samples=samples, owners=[a.owner for a in credited], answers=credited,
         accuracy=rewards.mean().item(), entropy=entropy,
@@ -315,7 +331,7 @@ def assign_credit(
 
 
 class Tree(NamedTuple):
-    """The trees of a step's problems as one list of nodes: first the roots, then level by level."""
+    """A round's trees, one per problem, as one list of nodes: the roots, then level by level."""
 
     nodes: list[Rollout]  # prompt: all that stands above; ids: the node's own segment
     parents: list[int]  # -1 for a root, whose segment is empty
@@ -331,15 +347,15 @@ def grow_trees(model, tokenizer, states, cfg: Config, generator, compute=Compute
     states = list(states)  # one per node
     tree = Tree([Rollout(prompt, [], False) for prompt, _, _ in states], [-1] * len(states))
     level = list(range(len(states)))  # the nodes to expand
-    for depth, width in enumerate(cfg.branching, 1):
+    for depth, children in enumerate(cfg.branching, 1):
         rollouts = common.complete(
-            model, tokenizer, [states[node] for node in level], n=width,
+            model, tokenizer, [states[node] for node in level], n=children,
             max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, generator=generator,
             limit=cfg.segment_tokens if depth < len(cfg.branching) else None, compute=compute,
         )  # fmt: skip
         expanded, level = level, []
         for i, r in enumerate(rollouts):
-            parent = expanded[i // width]
+            parent = expanded[i // children]
             tree.nodes.append(r)
             tree.parents.append(parent)
             prompt, done, answer = states[parent]
@@ -378,17 +394,19 @@ def credit_trees(model, tree: Tree, cfg: Config, compute=Compute()) -> Credit:
     )  # fmt: skip
 
 
-def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[Sample], list]:
-    """The samples to train on in this step, and what waits for later ones.
+def draw_replay(
+    candidates: list, step: int, cfg: Config, shuffle: str
+) -> tuple[list[Sample], list]:
+    """The samples to train on in this round, and the candidates that wait for later ones.
 
-    waiting: (step it was sampled in, question, a Sample's fields), this step's own among them. What
-    is replay_age steps old is dropped, by the next call: an age of 1 keeps nothing for later steps.
-    At most replay_nodes of a question and replay_total of all are drawn, each to be used once, with
-    the advantages and log-probs that it was sampled with.
+    candidates: (step it was sampled in, question, a Sample's fields) of all that have waited and of
+    this round's own. Those replay_age rounds old are dropped here: at an age of 1, all that waited.
+    At most replay_nodes of a question and replay_total in all are drawn, each in one round only,
+    with the advantages and log-probs that it was sampled with.
     """
     drawn, later, count = [], [], Counter()
-    recent = [entry for entry in waiting if step - entry[0] < cfg.replay_age]
-    for entry in random.Random(seed).sample(recent, len(recent)):
+    recent = [entry for entry in candidates if step - entry[0] < cfg.replay_age]
+    for entry in random.Random(shuffle).sample(recent, len(recent)):
         question = entry[1]
         if len(drawn) < cfg.replay_total and count[question] < cfg.replay_nodes:
             count[question] += 1
@@ -398,12 +416,12 @@ def draw_replay(waiting: list, step: int, cfg: Config, seed: str) -> tuple[list[
     return [Sample(**fields) for _, _, fields in drawn], later
 
 
-# -------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------- the update
 
 
 def reference_policy(setup: common.Setup):
-    """The policy that the run began with, to stay as it is; setup.model is what it has become. A
-    warm start is kept in runs/, and would come out the same if made again."""
+    """The policy that the run began with, frozen. With --resume setup.model has been trained since,
+    so it is loaded anew; its warm start is kept in runs/, and would come out the same again."""
     run, device = setup.run, setup.model.device
     if not run.resume:
         return copy.deepcopy(setup.model).requires_grad_(False)
@@ -413,21 +431,23 @@ def reference_policy(setup: common.Setup):
 
 
 def update(
-    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str, reference=None,
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str, reference=None,
     scaler=None, compute=Compute(),
 ) -> dict:  # fmt: skip
-    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics.
+    """`epochs` passes over the samples, `batch_size` to an update; returns metrics averaged over
+    its updates.
 
     reference: the initial policy, for the KL; None where there is none.
     """
     totals = Counter()  # whose update() adds
-    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
+    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
         z = trained_tokens(common.collate(minibatch), cfg).sum().item()
-        # A sample without signal has gradient 0: it counts in Z, and needs no forward pass, unless
-        # there is a KL. With no sample at all the schedule goes on, and nothing moves.
-        trained = [s for s in minibatch if reference or any(s.advantages)]
+        # Without signal a sample has gradient 0: it counts in Z, and needs no forward pass, unless
+        # there is a KL. If none has signal, only the schedule moves. (Without any sample, as after
+        # a round of trees without credit, there is no minibatch, and not even that.)
+        with_signal = [s for s in minibatch if reference or any(s.advantages)]
         loss_sum = 0.0
-        for micro in common.micro_batches(trained, compute.training_tokens):
+        for micro in common.micro_batches(with_signal, compute.training_tokens):
             batch = common.collate(micro, model.device)
             mask = trained_tokens(batch, cfg)  # (B, T)
             logprobs = common.token_logprobs(
@@ -455,7 +475,7 @@ def update(
 
 
 def diagnose(logprobs: Tensor, batch: Batch, mask: Tensor, clipped: Tensor) -> dict:
-    """Sums over the trained tokens; the KL is that of pi_old to pi, how far updates have come."""
+    """Sums over the trained tokens. kl: of KL(pi_old || pi), how far the updates have come."""
     moved = common.k3(logprobs - batch.old_logprobs)  # (B, T)
     return dict(
         kl=(moved * mask).sum().item(),
@@ -464,8 +484,11 @@ def diagnose(logprobs: Tensor, batch: Batch, mask: Tensor, clipped: Tensor) -> d
     )
 
 
+# ---------------------------------------------------------------------- what is shown and logged
+
+
 def describe_step(credit: Credit, samples: list[Sample], cfg: Config) -> dict:
-    """A step's metrics that are not the update's (README, "metrics.csv")."""
+    """A round's metrics that are not the update's (README, "metrics.csv")."""
     count = len(credit.answers)
     segments = [a.advantages[t] for a in credit.answers for t in a.starts]
     credited = sum(advantage != 0 for advantage in segments)
@@ -476,9 +499,6 @@ def describe_step(credit: Credit, samples: list[Sample], cfg: Config) -> dict:
         trained=len(samples) if cfg.variant == "tree" else credited,  # nodes, or segments
         length=sum(len(a.rollout.ids) for a in credit.answers) / count,
     )
-
-
-# --------------------------------------------------------------- credit beside the truth, display
 
 
 def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[bool, float]:
@@ -518,7 +538,8 @@ def hit_rates(counts: dict) -> tuple[dict, str]:
 
 
 def fact_results(ids: list[int], facts, tokenizer) -> set[int]:
-    """Tokens of an answer to the built-in task in which the result of one of `facts` is stated."""
+    """Tokens of an answer to the built-in task in which the result of one of `facts` is stated. A
+    fact is (last digit of the running total, signed term)."""
     pieces = [tokenizer.decode([id]) for id in ids]
     lines = re.finditer(r"^(\d+)([+-]\d)=(\d+)", "".join(pieces), re.MULTILINE | re.ASCII)
     spans = [m.span(3) for m in lines if (int(m[1][-1]), int(m[2])) in facts]
@@ -526,18 +547,18 @@ def fact_results(ids: list[int], facts, tokenizer) -> set[int]:
     return {t for t in range(len(ids)) if any(a <= begins[t] < b for a, b in spans)}
 
 
-def places_of(rows: list[tuple[list[int], list[int]]], facts, tokenizer) -> str:
+def places_of(rows: list[tuple[list[int], list[int]]], wrong_facts, tokenizer) -> str:
     """What the marked tokens of answers fall on, beside what all tokens do, in words: "1% begin a
     step (of all tokens 13%), ...".
 
-    rows: (an answer's ids, the indices marked). facts: `wrong_facts`, or None on other tasks.
+    rows: (an answer's ids, the indices marked). wrong_facts: None on other tasks.
     """
     kinds = ["begin a step", "state what the warm start has learned wrong"]
     marked_count = all_count = 0
     marked_on, all_on = Counter(), Counter()
     for ids, marked in rows:
         steps = {*common.step_starts(ids, tokenizer, "\n", max_steps=len(ids))}
-        results = fact_results(ids, facts or (), tokenizer)
+        results = fact_results(ids, wrong_facts or (), tokenizer)
         marked_count += len(marked)
         all_count += len(ids)
         for kind, places in zip(kinds, (steps, results)):
@@ -546,7 +567,7 @@ def places_of(rows: list[tuple[list[int], list[int]]], facts, tokenizer) -> str:
     shares = [
         f"{marked_on[kind] / max(marked_count, 1):.0%} {kind} "
         f"(of all tokens {all_on[kind] / all_count:.0%})"
-        for kind in (kinds[:1] if facts is None else kinds)
+        for kind in (kinds[:1] if wrong_facts is None else kinds)
     ]
     return ", ".join(shares)
 
@@ -559,16 +580,17 @@ def pick_answer(credit: Credit) -> int:
     return 0
 
 
-def cutpoint_places(credit: Credit, facts, tokenizer, cfg: Config) -> str:
-    """What the cutpoints of a step's answers fall on, of 64 of them at most."""
+def cutpoint_places(credit: Credit, wrong_facts, tokenizer, cfg: Config) -> str:
+    """What the cutpoints of a round's answers fall on, of 64 answers at most."""
     rows = [(s.ids, cutpoints(s, cfg)) for s in credit.samples[:64]]
-    return places_of(rows, facts, tokenizer)
+    return places_of(rows, wrong_facts, tokenizer)
 
 
 def show_answer(
     problems, credit: Credit, places: str, tokenizer, cfg: Config, colour: bool, width: int
 ) -> str:
-    """SPO-chain: an answer of the step with its credit. places: of `cutpoint_places`."""
+    """SPO-chain: an answer of the round with its credit. places: what `cutpoint_places` says.
+    colour, width: given by common.show."""
     i = pick_answer(credit)
     owner, r, starts, advantages = credit.answers[i]
     title, notes = common.answer_notes(problems[owner], r, tokenizer)
@@ -587,8 +609,8 @@ def show_answer(
 def show_tree(
     problems, tree: Tree, credit: Credit, tokenizer, cfg: Config, colour: bool, width: int
 ) -> str:
-    """SPO-tree: the tree of a problem, a node a line. Where all answers are right or all wrong
-    nothing has credit, and only the node above them is shown."""
+    """SPO-tree: the tree of a problem, a node a line. Below a node with V 0 or 1 nothing has
+    credit, and nothing is shown. colour, width: given by common.show."""
     owner = credit.answers[pick_answer(credit)].owner
     problem, prompt = problems[owner], tree.nodes[owner].prompt
     rewards = [node.reward for node in tree.nodes]
@@ -598,7 +620,7 @@ def show_tree(
     paths = {i: tree.path(i) for i in range(len(tree.nodes))}
     below = [i for i, path in paths.items() if path[0] == owner and i != owner]
     for i in sorted(below, key=paths.get):  # depth first
-        if values[tree.parents[i]] in (0, 1):  # all below are wrong, or all right
+        if values[tree.parents[i]] in (0, 1):  # all below it are wrong, or all right
             continue
         node = tree.nodes[i]
         ids = [*node.prompt, *node.ids][len(prompt) :]
@@ -613,12 +635,15 @@ def show_tree(
     return "\n".join(lines)
 
 
+# -------------------------------------------------------------------------------------- the run
+
+
 def headline(cfg: Config, train: list[Problem]) -> str:
     how = f"partition {cfg.partition}"
     if cfg.variant == "tree":
         branching = "-".join(map(str, cfg.branching))
         how = f"segments of {cfg.segment_tokens} tokens, branching {branching}"
-    sizes = f"{cfg.steps} steps of {cfg.prompts} problems"
+    sizes = f"{cfg.steps} rounds of {cfg.prompts} problems"
     sizes += f" x {cfg.group_size} answers" if cfg.group_size > 1 else ""
     return f"SPO-{cfg.variant}: {sizes}, {how}, mask {'on' if cfg.mask else 'off'}"
 
@@ -632,7 +657,7 @@ def main() -> None:
     trainer = common.make_trainer(setup, optimizer, schedule)
     generator = trainer.generator
     reference = reference_policy(setup) if cfg.kl_coef else None
-    facts = common.wrong_facts(run.seed) if setup.train[0].checkable else None
+    wrong_facts = common.wrong_facts(run.seed) if setup.train[0].checkable else None
     progress = common.begin(setup, trainer, failures=0, hits=0, chance=0.0, waiting=[])
     for step, bar in common.training_steps(setup, trainer, progress):
         # 1. Sample answers, or trees, from problems.
@@ -651,15 +676,19 @@ def main() -> None:
         if cfg.variant == "tree":
             credit = credit_trees(model, tree, cfg, compute)
         else:
-            answers = [problem.answer for problem in problems for _ in range(cfg.group_size)]
-            credit = assign_credit(model, tokenizer, rollouts, answers, cfg, generator, compute)
+            true_answers = [p.answer for p in problems for _ in range(cfg.group_size)]
+            credit = assign_credit(
+                model, tokenizer, rollouts, true_answers, cfg, generator, compute
+            )
 
-        # 3. Train on them.
+        # 3. Train on the credited samples.
         samples, shuffle = credit.samples, f"{run.seed}-{step}"
         if cfg.replay_age:
             questions = [problems[owner].question for owner in credit.owners]
+            # As dicts: a checkpoint, which keeps those that wait, holds plain data.
             new = [(step, q, vars(s)) for q, s in zip(questions, samples)]
             samples, later = draw_replay(progress["waiting"] + new, step, cfg, shuffle)
+        # At a loss or gradient that is not finite the run stops, with its state saved.
         with common.saved_if_not_finite(setup, step, trainer, progress):
             metrics = update(
                 model, optimizer, schedule, samples, cfg, shuffle, reference=reference,
@@ -667,7 +696,7 @@ def main() -> None:
             )  # fmt: skip
 
         # 4. Log.
-        if cfg.replay_age:  # not before the update: what fails is saved as it was
+        if cfg.replay_age:  # only now: what a failed update saves is the state before it
             progress["waiting"] = later
         progress["sampled_tokens"] += credit.tokens
         progress["seconds"] += time.time() - began
@@ -679,11 +708,11 @@ def main() -> None:
             if cfg.variant == "tree":
                 view = partial(show_tree, problems, tree, credit, tokenizer, cfg)
             else:
-                places = cutpoint_places(credit, facts, tokenizer, cfg)
+                places = cutpoint_places(credit, wrong_facts, tokenizer, cfg)
                 view = partial(show_answer, problems, credit, places, tokenizer, cfg)
             common.show(setup.folder, step, view)
-    facts_found, remark = hit_rates(progress)
-    common.finish_run(setup, progress, facts_found, remark)
+    results, remark = hit_rates(progress)
+    common.finish_run(setup, progress, results, remark)
 
 
 if __name__ == "__main__":
