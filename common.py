@@ -454,8 +454,8 @@ def token_logprobs(
     time; they and their log-softmax are fp32 whatever the autocast dtype. with_entropy: returns a
     pair, the second being the policy's entropy at each trained id in nats, (B, T).
     """
-    # transformers recomputes layers that are in training mode. Only the layer's own flag is set; its
-    # submodules stay in eval mode, so there is no dropout.
+    # transformers recomputes layers that are in training mode. Only the layer's own flag is set;
+    # its submodules stay in eval mode, so there is no dropout.
     layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
 
     def recompute(on: bool) -> None:

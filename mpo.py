@@ -3,58 +3,79 @@ for no code was released and not every detail is public.
 
 PPO and GRPO take a token for an action. MPO takes K consecutive tokens for one, so that what is
 compared with the sampling policy, and clipped, is larger than a token: the importance ratio belongs
-to K tokens, and the rest of GRPO stays. Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t)
+to K tokens, and the rest of GRPO stays.
+
+Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
+common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
+`sample`), `score` (with `token_logprobs`), `clipped_surrogate`, `group_advantages` and
+`minibatches`. --steps counts rounds: a round (`step`) samples once, and trains in one update
+(optimiser step) or more. In names, "block" stands for K tokens in either layout.
+
+Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t) the ratio of the K tokens from t on is
 
     R_t = exp(l_t + ... + l_{t+K-1})                   joint: the product of K ratios (Eq. 8)
     R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})     weighted, sum beta = 1 (Eq. 9 and 11)
 
-    window: one for every token, of the K from it on    block: every K tokens share one    (K = 3)
+The K - 1 tokens behind the first of the K are the future ones. By default K = 5, in windows, and
+the future tokens share a weight of 0.2, so the first one has 0.8. The layouts, for K = 3:
 
-        1 2 + 4 = 1 6                                       1 2 + 4 = 1 6
-        [ R_1 ]                                             [ R_1 ]           R_1 for 3 tokens
-          [ R_2 ]                                                 [ R_4 ]     R_4 for 3 tokens
-            [ R_3 ]   ...   of 2 tokens, of 1 at the end                [R_7] R_7 for what is left
+    window: every token t has the ratio of the K tokens from it on
 
-    L = -1/N sum_t min(R_t A_t, clip(R_t, 1 - eps, 1 + eps) A_t),    A = GRPO's group advantage
+          1     2     +     4     =     1     6
+        [      R_1      ] [      R_4      ] [R_7]
+              [      R_2      ] [      R_5      ]
+                    [      R_3      ] [   R_6   ]
 
-where R_t is the ratio of t's window or of its block.
+    block: every K tokens share the ratio R_a of the first of them, a
+
+          1     2     +     4     =     1     6
+        [      R_1      ] [      R_4      ] [R_7]
+
+    L = -1/N sum_t min(R_a A_t, clip(R_a, 1 - eps, 1 + eps) A_t),    A = GRPO's group advantage
+
+with a = t in windows; in blocks a is the first token of t's block, so a block's term counts as
+often as it has tokens. N is the number of tokens of all answers of an update. K = 1 is GRPO, here
+without a KL and with the mean over all tokens of an update.
 
 The built-in task is running sums, a step a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
 
 Confirmed by the abstract and public notes on the paper: K tokens are one action, only the ratio
-changes, Eq. 8, 9 and 11, K in {2, 3, 5}, and weights named by the share that the K - 1 future
-tokens have together. Ours, for the paper's details are not public:
+changes, Eq. 8, 9 and 11, K in {2, 3, 5}, and weights named by the share that the future tokens have
+together. Ours, for the paper's details are not public:
  1. The objective: A is GRPO's group advantage; clipped once per window or block; N counts the
-    tokens of the whole optimiser step.
+    tokens of the whole update.
  2. The future tokens' probabilities are the policy's own, teacher-forced on what was sampled. (An
     earlier version of the paper trains extra heads that predict them from the state at t. What the
     present one does is not public.)
  3. Both layouts: which one the paper has is not public.
  4. Weights: `joint`, `uniform` (1/K), or a share p of the weight for all future tokens together, in
-    equal parts. Where fewer than K tokens are left, beta is renormalised over those there are.
+    equal parts. Where fewer than K tokens are left, beta is renormalised over those there are
+    (joint is not).
 Additions and choices of ours:
- 5. --scale_eps multiplies the clip range by the norm of beta, for a fair comparison of weights:
-    log R has that many times the spread of l.
+ 5. --scale_eps multiplies the clip range by the L2 norm of beta, for a fair comparison of weights:
+    log R has that many times the spread of l, if token log-ratios are independent and alike.
  6. No KL term; sizes suit the small policy of the built-in task. The learning rate falls to 0: a
-    constant one, with several updates a step, left the last accuracies swinging.
+    constant one, with several updates a round, left the last accuracies swinging.
 
-While the policy is the one that sampled, all ratios are 1, no clip acts, and a token weighs in the
-gradient what all ratios that hold it give it together, where GRPO gives it 1:
+While the policy is the one that sampled, all ratios are 1 and no clip acts. Then the gradient of
+-N L is a weighted sum of grad log pi(y_t) A_t. In GRPO each weight is 1; here it is the sum of this
+token's beta over all terms of L whose ratio contains it. Away from the ends of an answer:
 
-    block, uniform     K ratios of 1/K each: 1, so exactly GRPO
-    block, share p     K (1 - p) for its first token, K p / (K - 1) for the others
-    window             beta_1 + ... + beta_K = 1 inside an answer; less for its first K - 1 tokens,
-                       more at its end, where weights are renormalised
-    joint              K
+    joint, either      K
+    window             beta_1 + ... + beta_K = 1
+    block, uniform     its ratio counts K times, each at weight 1/K: 1
+    block, share p     K (1 - p) for the block's first token, K p / (K - 1) for the others
 
-So a step makes four updates by default, and from the second on K matters more.
+At the ends: in windows the first K - 1 tokens weigh less, for fewer windows hold them, and the last
+ones more where beta is renormalised (p = 0: all weigh 1). In a last block of n tokens, n stands for
+K, and beta is the renormalised one.
+
+With one update a round K shows in these weights alone. By default a round makes four updates: from
+the second on ratios leave 1, and K acts through them and the clip as well.
 
     python mpo.py                   a minute on two cores, held-out accuracy 0.22 -> 0.83
     python mpo.py --block_size 1    GRPO
-
-Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample`),
-`score` (with `token_logprobs`) and `clipped_surrogate`; skip what handles files and the screen.
 """
 
 import math
@@ -77,19 +98,17 @@ class Config:
     block_size: int = arg(5, "tokens that make one action (K); 1: GRPO", low=1, high=math.inf)
     layout: Literal["window", "block"] = arg("window", "a window at every token, or blocks")
     weights: str = arg("0.2", "joint, uniform, or the share p of all future tokens together")
-    scale_eps: bool = arg(False, "multiply clip_eps by the norm of the weights")
+    scale_eps: bool = arg(False, "multiply clip_eps by the L2 norm of the weights")
     scale_advantages: bool = arg(True, "divide advantages by their group's std")
-    prompts: int = arg(32, "problems per step", low=1)
+    prompts: int = arg(32, "problems per round", low=1)
     group_size: int = arg(8, "answers per problem (G)", low=2)
-    batch_size: int = arg(64, "answers per optimiser step; divides prompts x group_size", low=1)
-    epochs: int = arg(1, "passes over each step's answers", low=1)
+    batch_size: int = arg(64, "answers per update; divides prompts x group_size", low=1)
+    epochs: int = arg(1, "passes over each round's answers", low=1)
     steps: int = arg(50, "rounds of sampling and training", low=1)
     lr: float = arg(
         5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
     )
-    warmup_updates: int = arg(
-        10, "optimiser steps over which the learning rate rises from 0", low=0
-    )
+    warmup_updates: int = arg(10, "updates over which the learning rate rises from 0", low=0)
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)", above=0)
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm", above=0, high=1e12)
     temperature: float = arg(1.0, "of sampling and of scoring", low=0.01)
@@ -104,31 +123,32 @@ class Config:
         except ValueError:
             wanted = "must be joint, uniform, or a share in [0, 1)"
             raise BadInput(f"--weights {self.weights}: {wanted}") from None
-        rollouts = self.prompts * self.group_size
-        if rollouts % self.batch_size:
-            raise BadInput(f"--batch_size {self.batch_size}: must divide {rollouts} answers a step")
+        answer_count = self.prompts * self.group_size
+        if answer_count % self.batch_size:  # all updates are of one size
+            wrong = f"--batch_size {self.batch_size}"
+            raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
 
 
-# Other defaults, of Config and of common.RunConfig: with --tiny, and for a given --model on given
-# --data.
+# Other defaults of Config and of common.RunConfig: with --tiny.
 TINY = dict(
     terms=3, warm_start_steps=250, steps=40, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=20, save_every=20,
 )  # fmt: skip
+# And for a given --model on given --data (not the built-in task).
 LARGE = dict(lr=1e-6)
 
 
-# ----------------------------------------------------------------------------------- pure maths
+# ------------------------------------------------------------------------------- pure functions
 
 
 def block_weights(block_size: int, weights: str | float, length: int | None = None) -> Tensor:
-    """(K,) float64: beta_1 ... beta_K before any tail is renormalised.
+    """(min(K, length),) float64: beta_1, beta_2, ... before any tail is renormalised.
 
     weights: "joint" (all 1), "uniform" (1/K), or the share p in [0, 1) of the K - 1 future tokens
-    (1 - p, then p / (K - 1) each). length: only the first so many are needed; K may be larger than
-    any answer, whose ratio is then that of the whole (GSPO's, if uniform).
-    For K = 1 and a share, beta is [1 - p], which `window_weights` renormalises to 1. Raises
-    ValueError for anything else and for K < 1.
+    (1 - p, then p / (K - 1) each). length: only the first so many are needed. K may be larger than
+    any answer, whose one block then has the ratio of the whole (GSPO's, if uniform). For K = 1 and
+    a share, beta is [1 - p], which `window_weights` renormalises to 1. Raises ValueError for
+    anything else and for K < 1.
 
     >>> block_weights(3, 0.5).tolist()
     [0.5, 0.25, 0.25]
@@ -145,13 +165,14 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
 
 
 def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tensor:
-    """(B, T, K) weights of the K tokens from each token on: 0 from the first one outside the mask
-    on, and except for joint renormalised over the rest. No more than T of the K are kept.
+    """(B, T, min(K, T)) the weights of the K tokens of each token's window: 0 from the first one
+    outside the mask on; the others are renormalised, except for joint.
 
     >>> window_weights(torch.tensor([[True, True, False]]), 2, 0.2).tolist()
     [[[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]]
     """
-    dtype = common.exact_dtype(mask.device)  # so that weights sum to 1 in any dtype of l
+    # In float64 where there is one: rounded once, when cast to l's dtype. (K: min(K, T) from here on.)
+    dtype = common.exact_dtype(mask.device)
     beta = block_weights(block_size, weights, mask.shape[1]).to(dtype).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
     beta = beta * inside.cumprod(-1)  # (B, T, K)
@@ -162,9 +183,10 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
 
 
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
-    """(B, T) index of the token whose window gives each token its ratio: the token itself, or the
-    first one of its block. Blocks count from each row's first token in the mask, and anew after a
-    gap; in this script a mask begins at the first token and has no gap.
+    """(B, T) index a(t) of the token whose window gives each token its ratio: the token itself, or
+    the first one of its block, for a block's ratio is that of the window at its first token. Blocks
+    count from each row's first token in the mask, and anew after a gap; in this script a mask
+    begins at the first token and has no gap.
 
     >>> anchors(torch.ones(1, 7, dtype=torch.bool), 3, "block").tolist()
     [[0, 0, 0, 3, 3, 3, 6]]
@@ -175,7 +197,8 @@ def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     if layout == "window":
         return t
     outside = t.masked_fill(mask, -1).cummax(1).values  # (B, T) the last one outside the mask
-    return t - (t - outside - 1).clamp(min=0) % block_size
+    place = (t - outside - 1).clamp(min=0)  # how many tokens of the mask stand between the two
+    return t - place % block_size
 
 
 def block_log_ratio(
@@ -184,7 +207,7 @@ def block_log_ratio(
     """(B, T) log R: the weighted sum of token log-ratios over each token's window, or over its
     block (Eq. 8, 9 and 11). 0 outside the mask; differentiable; dtype kept.
 
-    log_ratio (B, T): l. mask (B, T) bool: the trained tokens; no window or block reaches past one
+    log_ratio (B, T): l. mask (B, T) bool: the trained tokens; a window or block ends before one
     that is not. Raises ValueError for a block_size below 1, an unknown layout or wrong weights.
 
     >>> l, mask = torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
@@ -198,22 +221,23 @@ def block_log_ratio(
 
 
 def scaled_eps(mask: Tensor, cfg: Config) -> Tensor:
-    """(B, T) clip_eps times the norm of the weights behind each token's ratio.
+    """(B, T) clip_eps times the L2 norm of the weights behind each token's ratio.
 
-    If token log-ratios are independent and alike, log R has ||beta||_2 times their spread.
+    If token log-ratios are independent and alike, log R has ||beta|| times their spread.
     """
     norms = window_weights(mask, cfg.block_size, cfg.weights).norm(dim=-1)  # (B, T)
     return cfg.clip_eps * norms.gather(1, anchors(mask, cfg.block_size, cfg.layout))
 
 
 def mpo_loss(log_ratio: Tensor, batch: Batch, normaliser: int, cfg: Config):
-    """One micro-batch's part of the loss L in the header, log R, and where the clip cut it.
+    """One micro-batch's part of L, log R (B, T), and (B, T) bool: where the clip has stopped the
+    gradient.
 
-    log_ratio: l (B, T). normaliser: N, the tokens of the WHOLE optimiser step.
+    log_ratio: l (B, T). normaliser: N, the tokens of the WHOLE update.
     """
     log_blocks = block_log_ratio(log_ratio, batch.mask, cfg.block_size, cfg.layout, cfg.weights)
-    # In the ratio's dtype: `clipped` compares ratio x A with its clipped value, and the same number
-    # in two dtypes would look as if it had been clipped.
+    # In l's dtype: `clipped_surrogate` tells where it clips by comparing two products, and if one
+    # were of another dtype, rounding alone could make them differ.
     eps = scaled_eps(batch.mask, cfg).to(log_ratio.dtype) if cfg.scale_eps else cfg.clip_eps
     objective, clipped = common.clipped_surrogate(log_blocks, batch.advantages, eps)  # (B, T)
     return -(objective * batch.mask).sum() / normaliser, log_blocks, clipped
@@ -239,25 +263,27 @@ def assign_credit(model, rollouts, cfg: Config, compute=Compute()) -> Credit:
     return Credit(samples, entropy)
 
 
-# -------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------- the update
 
 
 def update(
-    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str,
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str,
     ratios: dict | None = None, scaler=None, compute=Compute(),
 ) -> dict:  # fmt: skip
-    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics.
+    """`epochs` passes over the samples, `batch_size` to an update; returns metrics averaged over
+    its updates.
 
     ratios: filled in here, for the display: id(sample) -> its ratios at its last pass, and where
     they were clipped. None where nothing is shown.
     """
     totals = Counter()  # whose update() adds
-    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
+    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
         n = sum(len(s.ids) for s in minibatch)
-        # A sample without signal has gradient 0: it counts in N, and needs no forward pass.
-        trained = [s for s in minibatch if any(s.advantages)]
+        # Without signal a sample has gradient 0: it counts in N, and needs no forward pass. If none
+        # has signal, there is no gradient, and only the schedule moves.
+        with_signal = [s for s in minibatch if any(s.advantages)]
         loss_sum = 0.0
-        for micro in common.micro_batches(trained, compute.training_tokens):
+        for micro in common.micro_batches(with_signal, compute.training_tokens):
             batch = common.collate(micro, model.device)
             logprobs = common.token_logprobs(
                 model, batch, cfg.temperature, compute=compute
@@ -268,8 +294,8 @@ def update(
             loss_sum += loss.item()
             totals.update(diagnose(log_ratio.detach(), log_blocks.detach(), batch, clipped, cfg))
             if ratios is not None:
-                for s, row, cuts in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
-                    ratios[id(s)] = row[: len(s.ids)], cuts[: len(s.ids)]
+                for s, row, flags in zip(micro, log_blocks.exp().tolist(), clipped.tolist()):
+                    ratios[id(s)] = row[: len(s.ids)], flags[: len(s.ids)]
         norm = common.optimizer_step(
             model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
         )
@@ -283,23 +309,27 @@ def update(
 
 
 def diagnose(log_ratio, log_blocks, batch: Batch, clipped: Tensor, cfg: Config) -> dict:
-    """Sums over the trained tokens, of token ratios and, beside them, of window or block ratios:
-    their moments, how many the clip cuts, and how many it would cut if a token were an action."""
+    """Sums over the tokens of the samples with a signal. kl: of KL(pi_old || pi). block_clip: where
+    the clip stops the gradient, token_clip: where it would if a token were an action. For both, the
+    ratio and its square: *_ratio, *_ratio_squared."""
     _, token_clipped = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
     rows = torch.stack([log_ratio, log_blocks])[:, batch.mask].cpu().double()  # (2, tokens)
     ratios = rows.clamp(-10, 10).exp()  # as in clipped_surrogate
     token_sum, block_sum = ratios.sum(1).tolist()
     token_squares, block_squares = (ratios**2).sum(1).tolist()
     return dict(
-        kl=common.k3(rows[0]).sum().item(),  # of pi_old to pi
+        kl=common.k3(rows[0]).sum().item(),
         token_clip=token_clipped.sum().item(), block_clip=clipped.sum().item(),
         token_ratio=token_sum, token_ratio_squared=token_squares,
         block_ratio=block_sum, block_ratio_squared=block_squares, tokens=rows.shape[1],
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------------- what is shown and logged
+
+
 def describe_step(rollouts, credit: Credit) -> dict:
-    """A step's metrics that are not the update's (README, "metrics.csv")."""
+    """A round's metrics that are not the update's (README, "metrics.csv")."""
     return dict(
         entropy=credit.entropy,
         no_signal=sum(not any(s.advantages) for s in credit.samples) / len(rollouts),
@@ -317,11 +347,11 @@ def show_answer(
     colour: bool,
     width: int,
 ) -> str:
-    """One answer of the step with the ratios it was last trained at: one with a clipped ratio, if
+    """One answer of the round with the ratios it was last trained at: one with a clipped ratio, if
     there is any, and a failure if there is a choice.
 
     Its tokens have the colour of its advantage, and none where their own window or block was
-    clipped; earlier windows may still train them.
+    clipped; earlier windows may still train them. colour, width: given by common.show.
     """
     trained = [i for i, s in enumerate(credit.samples) if id(s) in ratios]
     if not trained:
@@ -348,18 +378,21 @@ def show_answer(
     return "\n".join([f"{title}, advantage {s.advantages[0]:+.2f}", *lines, f"  {what}"])
 
 
+# -------------------------------------------------------------------------------------- the run
+
+
 def updates_of(cfg: Config) -> int:
-    """Optimiser updates per step."""
+    """Updates per round."""
     return cfg.epochs * cfg.prompts * cfg.group_size // cfg.batch_size
 
 
 def headline(cfg: Config, train: list) -> str:
-    matters = "from the second on, ratios leave 1 and K matters"
+    later = "from the second on ratios leave 1, and K acts through them and the clip"
+    one = "all ratios are 1, no clip acts, and K shows in the weights of tokens alone"
     return (
-        f"MPO: {cfg.steps} steps of {cfg.prompts} problems x {cfg.group_size} answers, "
+        f"MPO: {cfg.steps} rounds of {cfg.prompts} problems x {cfg.group_size} answers, "
         f"K = {cfg.block_size}, layout {cfg.layout}, weights {cfg.weights}\n"
-        f"updates per step: {updates_of(cfg)}; "
-        f"{matters if updates_of(cfg) > 1 else 'all ratios are 1, and no clip acts'}"
+        f"updates per round: {updates_of(cfg)}; {later if updates_of(cfg) > 1 else one}"
     )
 
 
@@ -368,7 +401,7 @@ def main() -> None:
     cfg, run, compute = setup.cfg, setup.run, setup.compute
     model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    updates = updates_of(cfg)  # a step
+    updates = updates_of(cfg)  # a round
     schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
     trainer = common.make_trainer(setup, optimizer, schedule)
     generator = trainer.generator
@@ -383,12 +416,13 @@ def main() -> None:
             temperature=cfg.temperature, generator=generator, compute=compute,
         )  # fmt: skip
 
-        # 2. Credit each answer, all its tokens alike, with its advantage in its group.
+        # 2. Old log-probs, and each answer's advantage in its group, the same for all its tokens.
         credit = assign_credit(model, rollouts, cfg, compute)
 
-        # 3. Train on them, K tokens being one action.
+        # 3. Train on the credited samples, K tokens being one action.
         shuffle = f"{run.seed}-{step}"
         ratios = {} if common.is_shown(run, step) else None
+        # At a loss or gradient that is not finite the run stops, with its state saved.
         with common.saved_if_not_finite(setup, step, trainer, progress):
             metrics = update(
                 model, optimizer, schedule, credit.samples, cfg, shuffle, ratios=ratios,

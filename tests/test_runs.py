@@ -891,11 +891,11 @@ common.sample, common.token_logprobs = cool, cool_score
 def test_mpo_says_whether_k_can_matter(warm, run):
     sizes = "--prompts 4 --group_size 4 --batch_size 8 --steps 3 --warmup_updates 0".split()
     two = run(*BASE, *sizes, script="mpo").out
-    assert "updates per step: 2; from the second on, ratios leave 1 and K matters\n" in two
+    assert "updates per round: 2; from the second on ratios leave 1, and K acts" in two
     four = run(*BASE, *sizes, "--epochs", "2", "--name", "four", script="mpo").out
-    assert "updates per step: 4; from" in four
+    assert "updates per round: 4; from" in four
     one = run(*BASE, *sizes, "--batch_size", "16", "--name", "one", script="mpo").out
-    assert "updates per step: 1; all ratios are 1, and no clip acts\n" in one
+    assert "updates per round: 1; all ratios are 1, no clip acts, and K shows" in one
 
     def moved(name) -> bool:
         rows = metrics(warm / "runs" / name)
