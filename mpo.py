@@ -171,7 +171,7 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
     >>> window_weights(torch.tensor([[True, True, False]]), 2, 0.2).tolist()
     [[[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]]
     """
-    # In float64 where there is one: rounded once, when cast to l's dtype. (K: min(K, T) from here on.)
+    # In float64 where there is one: rounded once, when cast to l's dtype. K is min(K, T) from here.
     dtype = common.exact_dtype(mask.device)
     beta = block_weights(block_size, weights, mask.shape[1]).to(dtype).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
