@@ -1,11 +1,20 @@
 """RRPO and SRPO: "Credit Assignment with Resets" (arXiv 2605.25507 v2), in one file.
 
 Whatever was right in a failed attempt need not be sampled again: go back to a step of it, sample
-other continuations from there, and learn from how they compare. An answer has reward r = 1 if its
-final answer is right, else 0, and has then failed. With G = 4, for each prompt x0,
+other continuations from there, and learn from how they compare. A step is a line. An answer has
+reward r = 1 if its final answer (behind ####) is right, else 0, and has then failed.
+
+Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
+common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
+`sample`), `score` (with `token_logprobs`), `step_starts`, `group_advantages` and `minibatches`, and
+`clipped_surrogate` for --clip_eps. --steps counts rounds: a round samples and trains once, in one
+update (optimiser step) or more; in `main`, and in names such as `describe_step`, "step" is a round.
+
+With G = 4, for each prompt x0,
 
     base  = G answers to x0; the first failed one, the seed, is cut into steps 1 ... H
-    RRPO: h ~ Uniform{1 ... H}        SRPO: h = the first wrong step, as the policy itself names it
+    RRPO: h ~ Uniform{1 ... H}
+    SRPO: h = the first wrong step, as the policy itself (or a localiser: point 2) names it
     reset = G continuations of x* = x0 + the seed's steps 1 ... h - 1
     A     = (r - mean) / std of the own group, exactly 0 if all are equal
     L     = -1/(2G) sum_i A_i mean_t log pi(y_i,t)    over all 2G; mean over x0
@@ -14,35 +23,40 @@ final answer is right, else 0, and has then failed. With G = 4, for each prompt 
                           +-- ...                                         from x0 on
         the seed:         +-- 14+7=21 / 21+5=27 / #### 27   r = 0, A < 0
                                         |
-    x*  14+7+5: 14+7=21 / h = 2         +-- 21+5=26 / #### 26   r = 1, A > 0   reset group, trained
+                                        | h = 2
+    x*  14+7+5: 14+7=21 /               +-- 21+5=26 / #### 26   r = 1, A > 0   reset group, trained
                                         +-- 21+5=27 / #### 27   r = 0, A < 0   from x* on
+
+" / " is a line break. GRPO here: no resets, but one group of 2G answers to x0, and the same L, so
+no KL, ratio or clip, and a mean over the tokens of each answer.
 
 The built-in task is running sums, a step a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
 
 Departures from the paper, or from the authors' code:
  1. The seed stays in the base group, whose G answers are then i.i.d. The paper drops it and draws
-    until G others exist (--seed_rule paper); a base that its failure has left is skewed to success.
+    until G others exist (--seed_rule paper); without its failure a base group has too many
+    successes.
  2. A small policy cannot be asked for its mistake. Localisers of our own: `uncertain` returns to
     the first step that holds a token sampled below a probability (a cutpoint of SPO, arXiv
     2505.23564), `surprise` to that of the least likely token; `oracle` knows the step. Models with
     a chat template are asked, as in the paper (`prompt`), in words of our own.
  3. If none of the G has failed, G more answers join them: one group of 2G. The paper looks for a
-    failure among 12 answers; if there is none, the first G stay and G new ones are drawn.
+    failure among 12 answers; if there is none, the first G stay and G new ones make the group with
+    them; the other tries are thrown away.
  4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
  5. Sizes and learning rate, which falls to 0, suit the small policy of the built-in task; the paper
-    trains LoRA. Sampling is at temperature 1 without top-p (0.7 and 0.95 in the paper).
- 6. --clip_eps adds PPO's ratio and clip. The paper's loss does without: its gradient is exact for
-    the first update of a step, and off-policy without a correction for further ones.
- 7. All rollouts of a step make one update (the code: those of 8 of the 32 prompts), without weight
-    decay (the code: 0.01); a localiser's reply has at most 512 tokens (the code: 4,096).
+    trains LoRA. By default sampling is at temperature 1 (paper and LARGE: 0.7), always without
+    top-p (paper: 0.95).
+ 6. --clip_eps adds PPO's ratio and clip. The paper's loss does without: its gradient equals PPO's
+    at ratio 1, as in the first update of a round (by default the only one); later updates are
+    off-policy and uncorrected.
+ 7. All rollouts of a round make one update (the authors' code: those of 8 of the 32 prompts),
+    without weight decay (theirs: 0.01); a localiser's reply has at most 512 tokens (theirs: 4,096).
 
     python reset_po.py                   70 s on two cores, held-out accuracy 0.22 -> 0.85
     python reset_po.py --method rrpo     random resets
     python reset_po.py --method grpo     no resets: groups of 2G
-
-Read `main` at the end first, then from the top. Of common.py open `complete` (with `sample`),
-`score` (with `token_logprobs`) and `step_starts`; skip what handles files and the screen.
 """
 
 import re
@@ -75,22 +89,20 @@ class Config:
     localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens", low=1)
     delimiter: str = arg(r"\n", r"what ends a step; \n is a line break")
     max_steps: int = arg(20, "most steps of an answer; the last one takes the rest", low=1)
-    fresh: int = arg(4, "answers per problem: the base group (G); 0: reset groups only", low=0)
+    fresh: int = arg(
+        4, "answers per problem: the base group (G); 0: none, unless no failure is found", low=0
+    )
     resets: int = arg(4, "continuations per reset: the reset group (G)", low=0)
     seeds: int = arg(1, "failed answers per problem to reset", low=0)
     seed_rule: Literal["keep", "paper"] = arg("keep", "paper: the seed leaves the base group")
-    prompts: int = arg(32, "problems per step", low=1)
-    batch_size: int = arg(
-        0, "rollouts per optimiser step; 0: all of a step, else divides them", low=0
-    )
-    epochs: int = arg(1, "passes over each step's rollouts", low=1)
+    prompts: int = arg(32, "problems per round", low=1)
+    batch_size: int = arg(0, "rollouts per update; 0: all of a round, else divides them", low=0)
+    epochs: int = arg(1, "passes over each round's rollouts", low=1)
     steps: int = arg(80, "rounds of sampling and training", low=1)
     lr: float = arg(
         1e-3, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
     )
-    warmup_updates: int = arg(
-        10, "optimiser steps over which the learning rate rises from 0", low=0
-    )
+    warmup_updates: int = arg(10, "updates over which the learning rate rises from 0", low=0)
     clip_eps: float = arg(
         0.0, "clip range of the ratio (eps); 0: no ratio, the paper's loss", low=0
     )
@@ -105,20 +117,19 @@ class Config:
             raise BadInput("--delimiter '': a step needs an end")
         if self.method != "srpo" and self.localiser not in ("auto", "random"):
             raise BadInput(f"--localiser {self.localiser}: --method {self.method} asks for none")
-        self.localiser = (
-            self.localiser if self.method == "srpo" else "random"
-        )  # RRPO; grpo asks none
+        if self.method != "srpo":
+            self.localiser = "random"  # RRPO; grpo asks none
         if self.method == "grpo" or not self.resets * self.seeds:
             self.fresh = self.rollouts  # GRPO: all 2G are answers to the prompt
             self.resets = self.seeds = 0
         if self.fresh == 1 or self.resets == 1 or not self.rollouts:
             wrong = f"--fresh {self.fresh} --resets {self.resets} --seeds {self.seeds}"
             raise BadInput(f"{wrong}: a group needs 2 rollouts or more")
-        rollouts = self.prompts * self.rollouts
-        self.batch_size = self.batch_size or rollouts
-        if rollouts % self.batch_size:
+        rollout_count = self.prompts * self.rollouts
+        self.batch_size = self.batch_size or rollout_count
+        if rollout_count % self.batch_size:  # all updates are of one size
             wrong = f"--batch_size {self.batch_size}"
-            raise BadInput(f"{wrong}: must divide {rollouts} rollouts a step")
+            raise BadInput(f"{wrong}: must divide {rollout_count} rollouts a round")
 
     @property
     def rollouts(self) -> int:
@@ -126,16 +137,16 @@ class Config:
         return self.fresh + self.resets * self.seeds
 
 
-# Other defaults, of Config and of common.RunConfig: with --tiny, and for a given --model on given
-# --data.
+# Other defaults of Config and of common.RunConfig: with --tiny.
 TINY = dict(
     terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=25, save_every=25,
 )  # fmt: skip
+# And for a given --model on given --data (not the built-in task).
 LARGE = dict(lr=1e-6, temperature=0.7)  # the paper's rate is for LoRA: 5e-5
 
 
-# ----------------------------------------------------------------------------------- pure maths
+# ------------------------------------------------------------------------------- pure functions
 
 
 class Plan(NamedTuple):
@@ -149,7 +160,7 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
 
     keep:  the seeds are the first failures among the `fresh` answers, which are the base group.
     paper: the seeds are the first failures among up to TRIES answers, and leave the base group,
-           which is made up of `fresh` others. So it is, too, if no base group is asked for.
+           which is made up of `fresh` others. Where `fresh` is 0, this holds by either rule.
 
     For each seed that is not found, `resets` answers drawn anew join the base group (by paper they
     are not taken from the TRIES: after so many successes those have nothing to tell).
@@ -162,15 +173,18 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     Plan(more=0, seeds=[1], base=[0, 2, 3, 4])
     """
     keep = cfg.seed_rule == "keep" and cfg.fresh > 0
-    limit, drawn = cfg.fresh if keep else TRIES, len(rewards)
+    drawn = len(rewards)
+    limit = cfg.fresh if keep else TRIES  # the seeds are looked for among so many
     seeds = [i for i in range(min(limit, drawn)) if not rewards[i]][: cfg.seeds]
-    others = [i for i in range(drawn) if keep or i not in seeds]
+    candidates = [i for i in range(drawn) if keep or i not in seeds]  # may stand in the base group
     missing = cfg.seeds - len(seeds)
-    if missing and drawn < limit:  # look on: at least for the seeds, and to fill the base group
+    if missing and drawn < limit:  # look on
+        # paper: one for each missing seed at least, and in all a base group and the seeds; the rest
+        # may not be needed. keep: that is never less than the rest of the `fresh`.
         needed = max(missing, cfg.fresh + cfg.seeds - drawn)
-        return Plan(min(limit - drawn, needed), seeds, others)
-    base = others[: cfg.fresh]
-    joining = [i for i in others[cfg.fresh :] if i >= limit]  # others of the tries are not used
+        return Plan(min(limit - drawn, needed), seeds, candidates)
+    base = candidates[: cfg.fresh]
+    joining = [i for i in candidates[cfg.fresh :] if i >= limit]  # the other tries are not used
     joining = joining[: cfg.resets * missing]
     more = (cfg.fresh - len(base)) + (cfg.resets * missing - len(joining))
     return Plan(more, seeds, base + joining)
@@ -189,17 +203,17 @@ def step_of(t: int, starts: list[int]) -> int:
     return bisect_right(starts, t)
 
 
-def localize_random(starts: list[int], generator: torch.Generator) -> int:
+def localise_random(starts: list[int], generator: torch.Generator) -> int:
     """h ~ Uniform{1 ... H}: RRPO."""
     return 1 + torch.randint(len(starts), (), generator=generator, device=generator.device).item()
 
 
-def localize_surprise(probs: list[float], starts: list[int]) -> int:
+def localise_surprise(probs: list[float], starts: list[int]) -> int:
     """The step with the token that the policy found least likely. probs (T,): pi(y_t)."""
     return step_of(min(range(len(probs)), key=lambda t: probs[t]), starts)
 
 
-def localize_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
+def localise_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
     """The first step with a token sampled at a probability below `threshold`; if no token is, the
     one with the least likely token. Where the policy could have written something else, it can be
     wrong; the first such step mostly lies at the mistake or before it, where all can be saved.
@@ -207,13 +221,13 @@ def localize_uncertain(probs: list[float], starts: list[int], threshold: float) 
     for t, p in enumerate(probs):
         if p < threshold:
             return step_of(t, starts)
-    return localize_surprise(probs, starts)
+    return localise_surprise(probs, starts)
 
 
-def localize_oracle(ids: list[int], starts: list[int], problem: Problem, tokenizer) -> int:
-    """The truly first wrong step, as the oracle of the paper's Section 3 names it: Conservative
-    Policy Iteration with a Credit Assignment Reset Oracle (CPI-CARO). If none is wrong, for the
-    answer was truncated: the last."""
+def localise_oracle(ids: list[int], starts: list[int], problem: Problem, tokenizer) -> int:
+    """The first step that is truly wrong: the oracle of the paper's Section 3 (CPI-CARO,
+    Conservative Policy Iteration with a Credit Assignment Reset Oracle). If none is, the answer was
+    truncated: then the last step."""
     wrong = common.first_wrong_token(ids, problem, tokenizer)
     return len(starts) if wrong is None else step_of(wrong, starts)
 
@@ -252,10 +266,10 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def reset_loss(logprobs: Tensor, batch: Batch, normaliser: int, clip_eps: float):
-    """One micro-batch's part of the loss L in the header, and (B, T) where a clip cut it.
+    """One micro-batch's part of L, and (B, T) bool: where the clip has stopped the gradient.
 
-    normaliser: the rollouts of the WHOLE optimiser step, each of the same weight whatever its
-    length. clip_eps: 0 for the paper's loss, without a ratio.
+    normaliser: the rollouts of the WHOLE update, each of the same weight whatever its length.
+    clip_eps: 0 for the paper's loss, without a ratio.
     """
     if clip_eps:
         log_ratio = logprobs - batch.old_logprobs  # (B, T)
@@ -275,7 +289,7 @@ class Reset(NamedTuple):
     starts: list[int]  # its steps' first tokens
     named: int  # the step to go back to
     truth: int | None  # its first wrong step, where the task can tell
-    group: list[Rollout]  # what came of it: prompts end in the steps that were kept
+    group: list[Rollout]  # the continuations; their prompts end with the steps that were kept
 
 
 def draw_answers(model, tokenizer, states, cfg: Config, generator, compute=Compute()):
@@ -297,17 +311,17 @@ def draw_answers(model, tokenizer, states, cfg: Config, generator, compute=Compu
             drawn[i].append(r)
 
 
-def localize_prompt(
-    model, tokenizer, questions, seeds, starts, cfg: Config, generator, compute=Compute()
+def localise_prompt(
+    model, tokenizer, questions, seeds, all_starts, cfg: Config, generator, compute=Compute()
 ):
-    """The step that the policy names when asked, for each seed, and the tokens it wrote.
+    """The step that the policy names when asked, for each seed, and how many tokens it wrote.
 
     The question goes through the chat template if there is one; if it leaves no room for a reply,
     the step is 1.
     """
     prompts, rooms = [], []
-    for question, s, cuts in zip(questions, seeds, starts):
-        spans = zip(cuts, [*cuts[1:], len(s.ids)])
+    for question, s, starts in zip(questions, seeds, all_starts):
+        spans = zip(starts, [*starts[1:], len(s.ids)])
         steps = [tokenizer.decode(s.ids[a:b], skip_special_tokens=True).strip() for a, b in spans]
         ids = common.user_turn(tokenizer, localisation_prompt(question, steps))
         room = common.answer_budget(model, ids, cfg.localiser_tokens)
@@ -318,7 +332,7 @@ def localize_prompt(
         temperature=LOCALISER_TEMPERATURE, generator=generator, compute=compute,
     )  # fmt: skip
     texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in rollouts]
-    named = [parse_step(text, len(cuts)) for text, cuts in zip(texts, starts)]
+    named = [parse_step(text, len(starts)) for text, starts in zip(texts, all_starts)]
     return named, sum(len(r.ids) for r in rollouts)
 
 
@@ -333,35 +347,40 @@ def pick_localiser(cfg: Config, tokenizer) -> str:
     return "prompt" if tokenizer.chat_template else "uncertain"
 
 
-def localize(model, tokenizer, problems, seeds, starts, cfg: Config, generator, compute=Compute()):
-    """The step to go back to for each seed, by the localiser of cfg, and the tokens it took."""
+def localise(
+    model, tokenizer, problems, seeds, all_starts, cfg: Config, generator, compute=Compute()
+):
+    """The step to go back to for each seed, by the localiser of cfg; how many tokens that took."""
     localiser = pick_localiser(cfg, tokenizer)
     if localiser == "prompt":
         questions = [problem.question for problem in problems]
-        return localize_prompt(model, tokenizer, questions, seeds, starts, cfg, generator, compute)
+        return localise_prompt(
+            model, tokenizer, questions, seeds, all_starts, cfg, generator, compute
+        )
     named = []
-    for problem, s, cuts in zip(problems, seeds, starts):
+    for problem, s, starts in zip(problems, seeds, all_starts):
         if localiser == "random":
-            named.append(localize_random(cuts, generator))
+            named.append(localise_random(starts, generator))
         elif localiser == "oracle":
-            named.append(localize_oracle(s.ids, cuts, problem, tokenizer))
+            named.append(localise_oracle(s.ids, starts, problem, tokenizer))
         elif localiser == "surprise":
-            named.append(localize_surprise(probs_of(s), cuts))
+            named.append(localise_surprise(probs_of(s), starts))
         else:
-            named.append(localize_uncertain(probs_of(s), cuts, cfg.threshold))
+            named.append(localise_uncertain(probs_of(s), starts, cfg.threshold))
     return named, 0
 
 
 def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator, compute=Compute()):
-    """Go back to a step of each seed, and go on from there: (list[Reset], localiser's tokens)."""
+    """Go back to a step of each seed, and go on from there: (list[Reset], how many tokens the
+    localiser took)."""
     if not seeds:
         return [], 0
     stops = common.eos_ids(model, tokenizer)
-    starts = [step_starts(s.ids, tokenizer, cfg.delimiter, cfg.max_steps, stops) for s in seeds]
-    named, tokens = localize(model, tokenizer, problems, seeds, starts, cfg, generator, compute)
+    all_starts = [step_starts(s.ids, tokenizer, cfg.delimiter, cfg.max_steps, stops) for s in seeds]
+    named, tokens = localise(model, tokenizer, problems, seeds, all_starts, cfg, generator, compute)
     states = []
-    for problem, s, cuts, h in zip(problems, seeds, starts, named):
-        kept = s.ids[: cuts[h - 1]]  # steps 1 ... h - 1; none for h = 1
+    for problem, s, starts, h in zip(problems, seeds, all_starts, named):
+        kept = s.ids[: starts[h - 1]]  # steps 1 ... h - 1; none for h = 1
         states.append((s.context, kept, problem.answer))  # x*
     # The budget is that of the whole answer, kept steps included.
     rollouts = common.complete(
@@ -369,23 +388,23 @@ def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator, compu
         temperature=cfg.temperature, generator=generator, compute=compute,
     )  # fmt: skip
     resets = []
-    for i, (problem, s, cuts, h) in enumerate(zip(problems, seeds, starts, named)):
+    for i, (problem, s, starts, h) in enumerate(zip(problems, seeds, all_starts, named)):
         wrong = common.first_wrong_token(s.ids, problem, tokenizer)
-        truth = None if wrong is None else step_of(wrong, cuts)
+        truth = None if wrong is None else step_of(wrong, starts)
         group = rollouts[i * cfg.resets : (i + 1) * cfg.resets]
-        resets.append(Reset(problem, s, cuts, h, truth, group))
+        resets.append(Reset(problem, s, starts, h, truth, group))
     return resets, tokens
 
 
 class Credit(NamedTuple):
     base: list[list[Sample]]  # one group a problem: answers to its prompt
-    reset: list[list[Sample]]  # one group a reset: suffixes, whose context holds the kept steps
-    resets: list[Reset]
-    accuracy: float  # of the first answers to each prompt, as many from each
+    reset: list[list[Sample]]  # one group for each of `resets`: suffixes, in the context of x*
+    resets: list[Reset]  # where they come from, for metrics and display
+    accuracy: float  # over each problem's first draw
     entropy: float  # the policy's mean entropy over the tokens of all drawn answers, nats
-    tokens: dict[
-        str, int
-    ]  # sampled for base groups, in answers outside of them, to localise, after resets
+    # How many were sampled in base groups ("base"), in answers outside of them ("seed"), in the
+    # localiser's replies ("localiser"), and after resets ("reset").
+    tokens: dict[str, int]
 
     @property
     def samples(self) -> list[Sample]:
@@ -407,21 +426,22 @@ def assign_credit(
     every = [s for samples in answers for s in samples]
     # This also fills in the old log-probs, which localisers and a clip look at.
     entropy = common.score(model, every, cfg.temperature, compute)
-    base, owners, seeds = [], [], []
+    base, seed_problems, seeds = [], [], []
     for problem, rollouts, samples, plan in zip(problems, drawn, answers, plans):
         for i in plan.seeds:
-            owners.append(problem)
+            seed_problems.append(problem)
             seeds.append(samples[i])
         if plan.base:
             base.append([samples[i] for i in plan.base])
             credit_group(base[-1], [rollouts[i] for i in plan.base])
-    resets, asked = reset_seeds(model, tokenizer, owners, seeds, cfg, generator, compute)
+    resets, asked = reset_seeds(model, tokenizer, seed_problems, seeds, cfg, generator, compute)
     groups = [[Sample(r.prompt, r.ids) for r in reset.group] for reset in resets]
     if cfg.clip_eps and groups:  # only a ratio needs the old log-probs of suffixes
         common.score(model, [s for group in groups for s in group], cfg.temperature, compute)
     for samples, reset in zip(groups, resets):
         credit_group(samples, reset.group)
-    first = plan_groups([], cfg).more  # as every problem gets; later ones would bias the accuracy
+    # Over each problem's first draw, whose size is the same for all; later ones depend on failures.
+    first = plan_groups([], cfg).more
     rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
     tokens = dict(base=sum(len(s.ids) for group in base for s in group))
     tokens["seed"] = sum(len(s.ids) for s in every) - tokens["base"]
@@ -433,20 +453,22 @@ def assign_credit(
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------- the update
 
 
 def update(
-    model, optimizer, schedule, samples: list[Sample], cfg: Config, seed: str, scaler=None,
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str, scaler=None,
     compute=Compute(),
 ) -> dict:  # fmt: skip
-    """`epochs` passes over the samples, `batch_size` to an optimiser step; returns its metrics."""
-    totals = Counter()
-    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, seed):
-        # A sample without signal has gradient 0: it counts in 2G, and needs no forward pass.
-        trained = [s for s in minibatch if any(s.advantages)]
+    """`epochs` passes over the samples, `batch_size` to an update; returns metrics averaged over
+    its updates."""
+    totals = Counter()  # whose update() adds
+    for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
+        # Without signal a sample has gradient 0: it counts in 2G, and needs no forward pass. If
+        # none has signal, there is no gradient, and only the schedule moves.
+        with_signal = [s for s in minibatch if any(s.advantages)]
         loss_sum = 0.0
-        for micro in common.micro_batches(trained, compute.training_tokens):
+        for micro in common.micro_batches(with_signal, compute.training_tokens):
             batch = common.collate(micro, model.device)
             logprobs = common.token_logprobs(
                 model, batch, cfg.temperature, compute=compute
@@ -462,20 +484,26 @@ def update(
     return common.averages(totals, ("loss", "grad_norm"), ("clip_fraction",))
 
 
+# ---------------------------------------------------------------------- what is shown and logged
+
+
 def has_signal(group: list[Sample]) -> bool:
+    """Signal: some advantage is not 0."""
     return any(any(s.advantages) for s in group)
 
 
 def show_answer(credit: Credit, tokenizer, colour: bool, width: int) -> str:
-    """A reset of the step, the first with signal if any has: the failed attempt with the named step
-    and the truth, and the continuations, coloured by their advantages."""
+    """A reset of the round, the first with signal if any has: the failed attempt with the named
+    step and the truth, and the continuations, coloured by their advantages. colour, width: given by
+    common.show."""
     if not credit.resets:
         return "no failure was reset"
     signal = [has_signal(group) for group in credit.reset]
     i = signal.index(True) if any(signal) else 0
     reset, samples = credit.resets[i], credit.reset[i]
     seed, back_to = reset.seed, reset.starts[reset.named - 1]
-    title, notes = common.answer_notes(reset.problem, Rollout([], seed.ids, True), tokenizer)
+    failed = Rollout([], seed.ids, True)  # only its ids and its reward, 0, are shown
+    title, notes = common.answer_notes(reset.problem, failed, tokenizer)
     notes[back_to] = f"<- resampled from here {notes.get(back_to, '')}".strip()
     pieces = [tokenizer.decode([id]) for id in seed.ids]
     lines = common.credit_lines(pieces, [0.0] * len(pieces), {back_to: ""}, notes, colour)
@@ -487,8 +515,8 @@ def show_answer(credit: Credit, tokenizer, colour: bool, width: int) -> str:
 
 
 def locate_counts(resets: list[Reset]) -> dict:
-    """Of these resets: where the first wrong step is known, how many went to it, to it or an
-    earlier one, and how many of both a random step would expect."""
+    """Of the resets whose first wrong step is known: how many there are (failures), how many went
+    to it, and to it or an earlier one; *_chance: the expected numbers for a random step."""
     known = [(r.named, r.truth, len(r.starts)) for r in resets if r.truth is not None]
     return dict(
         failures=len(known),
@@ -500,7 +528,7 @@ def locate_counts(resets: list[Reset]) -> dict:
 
 
 def step_counts(credit: Credit) -> Counter:
-    """What a step adds to the run's counts."""
+    """What a round adds to the run's counts."""
     counts = Counter(locate_counts(credit.resets))
     for kind, groups in (("base", credit.base), ("reset", credit.reset)):
         counts[f"{kind}_groups"] = len(groups)
@@ -520,7 +548,7 @@ def rates(counts: dict) -> dict:
 
 
 def describe_step(credit: Credit, counts: dict, cfg: Config) -> dict:
-    """A step's metrics that are not the update's (README, "metrics.csv")."""
+    """A round's metrics that are not the update's (README, "metrics.csv")."""
     continued = [r.reward for reset in credit.resets for r in reset.group]
     return dict(
         reset_accuracy=sum(continued) / len(continued) if continued else "",
@@ -557,12 +585,15 @@ def describe_counts(counts: dict, localiser: str) -> str:
     return "\n".join(lines)
 
 
+# -------------------------------------------------------------------------------------- the run
+
+
 def headline(cfg: Config, train: list[Problem]) -> str:
     if cfg.localiser == "oracle" and not train[0].checkable:
         raise BadInput("--localiser oracle: the steps of these problems cannot be judged")
     resets = f" and {cfg.seeds} x {cfg.resets} continuations of a failed one"
     return (
-        f"{cfg.method.upper() if cfg.seeds else 'GRPO'}: {cfg.steps} steps of {cfg.prompts} "
+        f"{cfg.method.upper() if cfg.seeds else 'GRPO'}: {cfg.steps} rounds of {cfg.prompts} "
         f"problems, each with {cfg.fresh} answers{resets if cfg.seeds else ''}"
     )
 
@@ -572,7 +603,7 @@ def main() -> None:
     cfg, run, compute = setup.cfg, setup.run, setup.compute
     model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a step
+    updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a round
     schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
     trainer = common.make_trainer(setup, optimizer, schedule)
     generator = trainer.generator
@@ -591,6 +622,7 @@ def main() -> None:
 
         # 3. Train on the answers of the base groups and on the suffixes of the reset groups.
         shuffle = f"{run.seed}-{step}"
+        # At a loss or gradient that is not finite the run stops, with its state saved.
         with common.saved_if_not_finite(setup, step, trainer, progress):
             metrics = update(
                 model, optimizer, schedule, credit.samples, cfg, shuffle, scaler=trainer.scaler,

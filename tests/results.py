@@ -248,7 +248,7 @@ def localiser_row(folder: Path, seed: int, problems: int) -> list[reset_po.Reset
     resets = []
     for problem, s in failed:
         starts = reset_po.step_starts(s.ids, tokenizer)
-        truth = reset_po.localize_oracle(s.ids, starts, problem, tokenizer)
+        truth = reset_po.localise_oracle(s.ids, starts, problem, tokenizer)
         resets.append(reset_po.Reset(problem, s, starts, 0, truth, []))
     return resets
 
@@ -270,8 +270,8 @@ def localiser_table(problems: int) -> None:
             resets += localiser_row(folder, seed, problems)
         cells = []
         for localise in (
-            lambda probs, starts: reset_po.localize_uncertain(probs, starts, threshold),
-            reset_po.localize_surprise,
+            lambda probs, starts: reset_po.localise_uncertain(probs, starts, threshold),
+            reset_po.localise_surprise,
         ):
             named = [localise(reset_po.probs_of(r.seed), r.starts) for r in resets]
             named = [r._replace(named=h) for r, h in zip(resets, named)]

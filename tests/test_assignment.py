@@ -184,8 +184,8 @@ PLANTED = [  # a student's own words for it, not the grader's
             full = [s for s, e in zip(starts, ends) if "".join(text[s:e]).strip() or s == 0]
             return full[:max_steps]
     """),
-    ("localize_uncertain", "numbered from 0", """
-        def localize_uncertain(probs, starts, threshold):
+    ("localise_uncertain", "numbered from 0", """
+        def localise_uncertain(probs, starts, threshold):
             doubts = [t for t, p in enumerate(probs) if p < threshold]
             t = doubts[0] if doubts else probs.index(min(probs))
             return [k for k, s in enumerate(starts) if s <= t][-1]

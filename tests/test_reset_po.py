@@ -342,22 +342,22 @@ PROBS = [1.0, 0.95, 0.9, 0.85, 0.99, 0.2, 0.7]
 
 
 def test_localisers_by_hand():
-    assert reset_po.localize_surprise(PROBS, STARTS) == 3
-    assert reset_po.localize_surprise([0.5, 0.4, 0.9, 0.4, 1, 1, 1], STARTS) == 1  # the first
-    assert reset_po.localize_uncertain(PROBS, STARTS, 0.9) == 2  # strictly below
-    assert reset_po.localize_uncertain(PROBS, STARTS, 0.96) == 1
-    assert reset_po.localize_uncertain(PROBS, STARTS, 0.5) == 3
-    assert reset_po.localize_uncertain(PROBS, STARTS, 0.1) == 3  # none: the least likely
-    assert reset_po.localize_uncertain([1.0, 0.9, 1, 1, 0.95, 1, 1], STARTS, 0.8) == 1
+    assert reset_po.localise_surprise(PROBS, STARTS) == 3
+    assert reset_po.localise_surprise([0.5, 0.4, 0.9, 0.4, 1, 1, 1], STARTS) == 1  # the first
+    assert reset_po.localise_uncertain(PROBS, STARTS, 0.9) == 2  # strictly below
+    assert reset_po.localise_uncertain(PROBS, STARTS, 0.96) == 1
+    assert reset_po.localise_uncertain(PROBS, STARTS, 0.5) == 3
+    assert reset_po.localise_uncertain(PROBS, STARTS, 0.1) == 3  # none: the least likely
+    assert reset_po.localise_uncertain([1.0, 0.9, 1, 1, 0.95, 1, 1], STARTS, 0.8) == 1
 
 
 def test_random_steps_are_uniform_and_follow_the_generator():
     generator = torch.Generator().manual_seed(0)
-    named = [reset_po.localize_random(STARTS, generator) for _ in range(3000)]
+    named = [reset_po.localise_random(STARTS, generator) for _ in range(3000)]
     assert {k: named.count(k) > 900 for k in named} == {1: True, 2: True, 3: True}
     again = torch.Generator().manual_seed(0)
-    assert [reset_po.localize_random(STARTS, again) for _ in range(3000)] == named
-    assert reset_po.localize_random([0], generator) == 1
+    assert [reset_po.localise_random(STARTS, again) for _ in range(3000)] == named
+    assert reset_po.localise_random([0], generator) == 1
 
 
 def test_the_oracle_names_the_step_of_the_first_wrong_token(tokenizer):
@@ -366,7 +366,7 @@ def test_the_oracle_names_the_step_of_the_first_wrong_token(tokenizer):
     def of(text, end=True):
         ids = common.encode(tokenizer, text) + [tokenizer.eos_token_id] * end
         starts = reset_po.step_starts(ids, tokenizer)
-        return reset_po.localize_oracle(ids, starts, problem, tokenizer)
+        return reset_po.localise_oracle(ids, starts, problem, tokenizer)
 
     assert of("31+4=36\n36-7=29\n#### 29") == 1
     assert of("31+4=35\n35-7=29\n#### 29") == 2
@@ -424,7 +424,7 @@ def test_no_words_in_an_attempt_become_control_tokens(tmp_path, monkeypatch):
     problem = Problem("1+1<|eot|>?", "#### 2", "2")
     ids = common.encode(tokenizer, "1+1=<|eot|>3\n#### 3")
     seed, cfg = Sample([1], ids), reset_po.Config(localiser="prompt")
-    reset_po.localize(model, tokenizer, [problem], [seed], [[0]], cfg, torch.Generator())
+    reset_po.localise(model, tokenizer, [problem], [seed], [[0]], cfg, torch.Generator())
     assert seen[0].count(mark) == 1 and seen[0][-1] == mark
     text = tokenizer.decode(seen[0])
     assert text.count("<|eot|>") == 3 and text.startswith("<user>Here is a problem")
@@ -467,7 +467,7 @@ def test_the_prompt_localiser_asks_the_policy_and_never_shows_the_answer(
     monkeypatch.setattr(common, "sample", spy)
     generator = torch.Generator().manual_seed(0)
     cfg = reset_po.Config(localiser="prompt", localiser_tokens=8)
-    named, tokens = reset_po.localize(model, tokenizer, problems, seeds, starts, cfg, generator)
+    named, tokens = reset_po.localise(model, tokenizer, problems, seeds, starts, cfg, generator)
     assert named == [2, 2] and tokens == sum(map(len, answers))
     for prompt, problem, text in zip(prompts, problems, texts):
         assert problem.question in prompt and "SECRET" not in prompt
@@ -489,7 +489,7 @@ def test_a_question_that_leaves_no_room_to_localise_goes_back_to_the_first_step(
     seed = Sample(common.prompt_ids(tokenizer, problem), ids)
     cfg = reset_po.Config(localiser="prompt")
     generator = torch.Generator()
-    given = reset_po.localize(model, tokenizer, [problem], [seed], [[0, 6]], cfg, generator)
+    given = reset_po.localise(model, tokenizer, [problem], [seed], [[0, 6]], cfg, generator)
     assert given == ([1], 0)
 
 
@@ -535,10 +535,10 @@ def test_the_localiser_of_the_config_is_the_one_that_is_asked(monkeypatch, name)
             asked.append((other, args))
             return 2
 
-        monkeypatch.setattr(reset_po, f"localize_{other}", fake)
+        monkeypatch.setattr(reset_po, f"localise_{other}", fake)
     s = Sample([1], [5, 6], old_logprobs=[math.log(0.25), math.log(0.5)])
     cfg = reset_po.Config(localiser=name, threshold=0.4)
-    assert reset_po.localize(None, "tok", ["p"], [s], [[0, 1]], cfg, "g") == ([2], 0)
+    assert reset_po.localise(None, "tok", ["p"], [s], [[0, 1]], cfg, "g") == ([2], 0)
     ((used, args),) = asked
     assert used == name
     if name == "oracle":
@@ -547,7 +547,7 @@ def test_the_localiser_of_the_config_is_the_one_that_is_asked(monkeypatch, name)
         assert args[0] == pytest.approx([0.25, 0.5]) and args[1] == [0, 1]
         assert args[2:] == ((0.4,) if name == "uncertain" else ())
     cfg = reset_po.Config(method="rrpo")
-    assert reset_po.localize(None, "tok", ["p"], [s], [[0, 1]], cfg, "g") == ([2], 0)
+    assert reset_po.localise(None, "tok", ["p"], [s], [[0, 1]], cfg, "g") == ([2], 0)
     assert asked[1] == ("random", ([0, 1], "g"))
 
 

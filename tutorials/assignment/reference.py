@@ -13,7 +13,7 @@ from common import (  # noqa: E402, F401
     token_logprobs,
 )
 from mpo import block_log_ratio, block_weights, mpo_loss, scaled_eps  # noqa: E402, F401
-from reset_po import localize_uncertain, masked_mean, reset_loss  # noqa: E402, F401
+from reset_po import localise_uncertain, masked_mean, reset_loss  # noqa: E402, F401
 from spo import (  # noqa: E402, F401
     chain_advantages,
     segment_starts,

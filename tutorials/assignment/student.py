@@ -199,7 +199,7 @@ def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset())
     raise NotImplementedError
 
 
-def localize_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
+def localise_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
     """The step to go back to, numbered from 1: the first one that holds a token which was sampled
     at a probability strictly below `threshold`; without such a token, the step that holds the least
     likely one. (A localiser of this repository's, not of the paper's.)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import common
 from common import Sample
-from reset_po import localize_surprise
+from reset_po import localise_surprise
 
 PARTS = ("GRPO and PPO", "SPO", "MPO", "Resets")
 ANY = math.nan  # in a wanted answer: here anything may stand
@@ -901,20 +901,20 @@ def step_of(t: int, starts: list[int]) -> int:
 
 
 def uncertain(below, otherwise=None):
-    """A wrong localize_uncertain: below(p, threshold), and the step if no token is."""
+    """A wrong localise_uncertain: below(p, threshold), and the step if no token is."""
 
     def wrong(probs, starts, threshold):
         for t, p in enumerate(probs):
             if below(p, threshold):
                 return step_of(t, starts)
-        return (otherwise or localize_surprise)(probs, starts)
+        return (otherwise or localise_surprise)(probs, starts)
 
     return wrong
 
 
 DOUBTS = [0.99, 0.97, 0.95, 0.6, 0.99, 0.2, 0.99]
 LOCALIZE_UNCERTAIN = Task(
-    "localize_uncertain",
+    "localise_uncertain",
     PARTS[3],
     4,
     [
@@ -926,9 +926,9 @@ LOCALIZE_UNCERTAIN = Task(
     ],
     [
         ("Are your steps numbered from 0?",
-         lambda *args: reference.localize_uncertain(*args) - 1),
+         lambda *args: reference.localise_uncertain(*args) - 1),
         ("Do you look for the least likely token of all? The first doubt counts.",
-         lambda probs, starts, threshold: localize_surprise(probs, starts)),
+         lambda probs, starts, threshold: localise_surprise(probs, starts)),
         ("Is a token right at the threshold a doubt?", uncertain(lambda p, rho: p <= rho)),
         ("What if there is no doubt? The first step is not the answer.",
          uncertain(lambda p, rho: p < rho, lambda probs, starts: 1)),
@@ -939,7 +939,7 @@ LOCALIZE_UNCERTAIN = Task(
         ("Do you look for the step that STARTS with a doubt? Any of its tokens will do.",
          lambda probs, starts, threshold: next(
              (k for k, t in enumerate(starts, 1) if probs[t] < threshold),
-             localize_surprise(probs, starts))),
+             localise_surprise(probs, starts))),
         ("Is a doubt in a step's first token put into the step before?",
          lambda probs, starts, threshold: max(1, step_of(
              next((t for t, p in enumerate(probs) if p < threshold), probs.index(min(probs))) - 1,
