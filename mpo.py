@@ -7,9 +7,9 @@ to K tokens, and the rest of GRPO stays.
 
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
-`sample`), `score` (with `token_logprobs`), `clipped_surrogate`, `group_advantages` and
-`minibatches`. --steps counts rounds: a round (`step`) samples once, and trains in one update
-(optimiser step) or more. In names, "block" stands for K tokens in either layout.
+`sample`), `score` (with `token_logprobs`), `minibatches`, `clipped_surrogate`, `group_advantages`.
+--steps counts rounds; a round (`step`) samples once and makes one update (optimiser step) or more.
+In names, "block" stands for K tokens in either layout.
 
 Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t) the ratio of the K tokens from t on is
 

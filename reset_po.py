@@ -1,14 +1,14 @@
 """RRPO and SRPO: "Credit Assignment with Resets" (arXiv 2605.25507 v2), in one file.
 
 Whatever was right in a failed attempt need not be sampled again: go back to a step of it, sample
-other continuations from there, and learn from how they compare. A step is a line. An answer has
-reward r = 1 if its final answer (behind ####) is right, else 0, and has then failed.
+other continuations from there, and learn from how they compare. An answer has reward r = 1 if its
+final answer (behind ####) is right, else 0, and has then failed. A step is a line of an answer.
 
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
-`sample`), `score` (with `token_logprobs`), `step_starts`, `group_advantages` and `minibatches`, and
-`clipped_surrogate` for --clip_eps. --steps counts rounds: a round samples and trains once, in one
-update (optimiser step) or more; in `main`, and in names such as `describe_step`, "step" is a round.
+`sample`), `score` (with `token_logprobs`), `minibatches`, `step_starts`, `group_advantages`.
+--steps counts rounds; a round (`step`) samples once and makes one update (optimiser step) or more.
+Only in `main` and in names such as `describe_step` is a step such a round; else it is a line.
 
 With G = 4, for each prompt x0,
 

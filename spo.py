@@ -8,8 +8,8 @@ Carlo, and credit a segment with the value it added (Eq. 2):
 
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
-`sample`), `score` (with `token_logprobs`), `clipped_surrogate`, `k3` and `minibatches`. --steps
-counts rounds: a round (`step`) samples once, and trains in one update (optimiser step) or more.
+`sample`), `score` (with `token_logprobs`), `minibatches`, `clipped_surrogate` and `k3`.
+--steps counts rounds; a round (`step`) samples once and makes one update (optimiser step) or more.
 
 A value changes only where the policy could have gone on otherwise, so a chain is cut before
 unlikely tokens (cutpoints). A segment's first token is its boundary, or start. In both variants the
