@@ -144,14 +144,16 @@ def install(script) -> None:
         rewards = [[r.reward for r in drawn[i * n : i * n + n]] for i in range(len(problems))]
         columns = dict(
             accuracy=[mean(row) for row in rewards], pass_at_k=[max(row) for row in rewards],
-            greedy=[r.reward for r in best],
+            greedy=[r.reward for r in best], in_form_greedy=[formed(r) for r in best],
+            in_form=[mean(formed(r) for r in drawn[i * n : i * n + n]) for i in range(len(problems))],
         )  # fmt: skip
         for name, column in columns.items():
             close(result[name], mean(column), name)
             error = statistics.stdev(column) / math.sqrt(len(column))
             close(result[f"{name}_stderr"], error, f"{name}_stderr")
+        assert set(result) == {"k", *columns, *(f"{name}_stderr" for name in columns)}
         assert result["k"] == n
-        state["held_out"] = result["accuracy"]
+        state["held_out"], state["held_out_in_form"] = result["accuracy"], result["in_form"]
         return result
 
     real_update = script.update
@@ -172,7 +174,11 @@ def install(script) -> None:
         script.show_answer = show_answer
 
     @hook("log_step")
-    def log_step(real, setup, step, bar, schedule, progress, row):
+    def log_step(real, setup, step, bar, schedule, progress, row, answers):
+        whole = whole_answers(script)
+        assert Counter((*r.prompt, *r.ids) for r in answers) == Counter(
+            (*r.prompt_ids, *r.whole) for r in whole
+        )
         expected = count(script, progress, row)
         for key, value in expected.items():
             if value == "":
@@ -185,12 +191,13 @@ def install(script) -> None:
         dtype = common.DTYPES[setup.run.dtype]
         assert {*seen["dtypes"]} == {dtype}, "sampling, scoring and updates differ in dtype"
         seen.clear()
-        real(setup, step, bar, schedule, progress, row)
+        real(setup, step, bar, schedule, progress, row, answers)
         with open(setup.folder / "metrics.csv", newline="") as file:
             written = list(csv.DictReader(file))[-1]
         assert (written["held_out"] != "") == ((step + 1) % setup.run.eval_every == 0)
-        if written["held_out"]:
-            assert float(written["held_out"]) == state["held_out"]
+        close(float(written["in_form"]), mean(map(formed, whole)), "in_form")
+        for name in ("held_out", "held_out_in_form"):
+            assert written[name] == (str(state[name]) if written["held_out"] else "")
 
     @hook("finish_run")
     def finish_run(real, setup, progress, facts={}, remark=""):
@@ -205,6 +212,25 @@ def install(script) -> None:
             assert set(facts) == {key for key in state["truth"] if shares.get(key) != ""}
         real(setup, progress, facts, remark)
         print("audited")
+
+
+def formed(r) -> bool:
+    """Did the answer end by itself, with a final answer?"""
+    tokenizer = state["setup"].tokenizer
+    text = tokenizer.decode(r.whole[:-1])
+    stated = re.search(r"####[^\S\n]*(?!####)\S", text)
+    return r.whole[-1] == tokenizer.eos_token_id and bool(stated)
+
+
+def whole_answers(script) -> list:
+    """The step's answers to prompts; not what values, resets and inner nodes were sampled for."""
+    cfg = state["setup"].cfg
+    if script.__name__ == "reset_po":  # one by one; resets come in groups
+        return [r for _, n, rollouts in seen["complete"] if n == 1 for r in rollouts]
+    if script.__name__ == "spo" and cfg.variant == "tree":
+        every = [r for _, _, rollouts in seen["complete"] for r in rollouts]
+        return [r for r in every if r.finished or len(r.whole) == cfg.max_new_tokens]
+    return seen["complete"][0][2]
 
 
 def learning_rate(script) -> float:

@@ -1,9 +1,11 @@
-"""Computes the table of GPU memory in README.md, without a GPU: python tests/memory.py
+"""Computes README.md's tables of GPU memory and of time, without a GPU: python tests/memory.py
 
 Weights and AdamW's moments are 12 bytes a parameter, counted on the model's shape, gradients 4,
 and AdamW's step takes 4 more for a moment. What a layer keeps for the backward pass is measured: one
 forward pass of one and of two layers, in autocast, by the bytes autograd holds. Sampling is sized by
 what is left (common.sampling_tokens), so it takes no part.
+
+Time is a bound, not a measurement: see `step_seconds`. tests/gpu.py measures both.
 """
 
 import functools
@@ -75,6 +77,49 @@ def peak(name: str, training: int, recompute: bool, reference: bool) -> float:
     return (fixed + max(update, 8 * n)) / GB
 
 
+# bytes of memory, bytes a second from it, operations a second in dense bf16 (T4: fp16) and in fp32,
+# from the data sheets
+CARDS = {
+    "T4, 16 GB": (16e9, 320e9, 65e12, 8e12),
+    "RTX 3090, 24 GB": (24e9, 936e9, 71e12, 36e12),
+    "RTX 4090, 24 GB": (24e9, 1008e9, 165e12, 83e12),
+    "A100, 80 GB": (80e9, 2039e9, 312e12, 19.5e12),
+    "H100, 80 GB": (80e9, 3350e9, 989e12, 67e12),
+}
+LAUNCH = 2.5e-4  # seconds a layer and pass: what Python and the driver take, however small the work
+USED = 0.4  # of the operations a second, by matrix products of a transformer as they come
+DRAW = 68  # bytes that drawing a token moves for each id of the vocabulary (common.draw)
+PROBLEMS, PROMPT, ANSWER = 64, 150, 200  # GSM8K: tokens of a question with instruction, an answer
+BOUNDARIES, CONTINUATIONS, EPOCHS = 5, 9, 2  # of an answer: an eighth of its tokens, each fifth one
+
+
+def step_seconds(name: str, card: str) -> float:
+    """Seconds of a step of spo.py's chain on GSM8K with the defaults for a given model, if nothing
+    but arithmetic, memory's bandwidth and launches took time. A pass of the sampler through the
+    layers takes the longest of the three; then come the fp32 head and the draw."""
+    memory, bandwidth, operations, fp32 = CARDS[card]
+    hidden, depth, heads, kv_heads, _, vocab, _ = SHAPES[name]
+    n, kept = parameters(name), 2 * 2 * depth * kv_heads * hidden // heads  # bf16 bytes a token
+    at_once = common.sampling_tokens(int(memory - 4 * n), n, kept)
+    head = 2 * hidden * vocab / fp32 / USED  # seconds a token
+
+    def sampling(rows: int, kept_before: int, new: int) -> float:
+        batches = max(1, -(-rows * (kept_before + new) // at_once))
+        each = rows / batches  # rows in a pass
+        read = (2 * n + each * (kept_before + new / 2) * kept) / bandwidth
+        layers = max(LAUNCH * depth, read, 2 * n * each / operations / USED)
+        return batches * new * (layers + each * (head + vocab * DRAW / bandwidth))
+
+    values = PROBLEMS * BOUNDARIES * CONTINUATIONS
+    seconds = sampling(PROBLEMS, PROMPT, ANSWER)
+    seconds += sampling(values, PROMPT + ANSWER // 2, ANSWER // 2)
+    # All texts: prefilled twice, scored; and in each epoch forward, forward for the reference,
+    # again for what was forgotten, and backward, which is two.
+    passes = 2 + 1 + EPOCHS * 5
+    layers = 2 * n * PROBLEMS * (PROMPT + ANSWER) / operations / USED
+    return seconds + passes * (layers + PROBLEMS * ANSWER * head)
+
+
 if __name__ == "__main__":
     print("| | parameters | flags | any script | with `--kl_coef` |\n|---|---|---|---|---|")
     for name in SHAPES:
@@ -84,3 +129,10 @@ if __name__ == "__main__":
             flags += " `--gradient_checkpointing True`" if recompute else ""
             cells = " | ".join(f"{size:.0f} GB" for size in sizes)
             print(f"| {name} | {parameters(name) / 1e9:.2f} B | {flags.strip()} | {cells} |")
+    print(f"\n| s a step | {' | '.join(CARDS)} |\n|{'---|' * (len(CARDS) + 1)}")
+    for name in SHAPES:
+        cells = []
+        for card, (size, *_) in CARDS.items():
+            fits = peak(name, 1 << 12, True, True) * GB < size
+            cells.append(f"{step_seconds(name, card):.0f}" if fits else "does not fit")
+        print(f"| {name} | {' | '.join(cells)} |")

@@ -280,8 +280,10 @@ def test_a_template_that_changes_the_text_stops_no_run(policies, content, expect
 def open_policy(tmp_path, folder, **flags):
     options = common.RunConfig(**{"name": "x", "model": str(folder or ""), **flags})
     problems = [Problem("Zoë has 3 eggs?", "She has 3.\n#### 3", "3")]
-    args = (tmp_path, problems, torch.device("cpu"), torch.float32)
-    tokenizer = common.open_policy(options, *args)[1]
+    model, tokenizer = common.first_policy(options, torch.device("cpu"))
+    if not folder:
+        compute = common.Compute()
+        tokenizer = common.warm_started(options, problems, model, tokenizer, compute)[1]
     instruction = common.pick_instruction(options, tokenizer)
     return tokenizer.decode(common.prompt_ids(tokenizer, problems[0], instruction))
 
