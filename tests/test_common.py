@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -1457,6 +1458,118 @@ def test_find_checkpoint_prefers_the_new_one_and_says_when_there_is_none(tmp_pat
     assert (common.find_checkpoint(tmp_path) / "a").read_text() == "checkpoint"
 
 
+# ------------------------------------------------------------------------ what is computed once
+
+
+def forest(rng, prompts: int, answers: int, longest: int) -> list[tuple[int, ...]]:
+    """Distinct prefixes as credit needs them: of each prompt's answers, the first 0, 1, ... ids."""
+    prefixes = []
+    for _ in range(prompts):
+        prompt = random_ids(rng, 1, 9, vocab=3)
+        for _ in range(answers):
+            answer = random_ids(rng, 1, longest, vocab=3)
+            prefixes += [(*prompt, *answer[: rng.randint(0, longest)]) for _ in range(4)]
+    return rng.sample(distinct := [*dict.fromkeys(prefixes)], len(distinct))
+
+
+def computed(model, prefixes):
+    """`prefill`'s results and cache, and the shape of each pass."""
+    shapes, cache = [], common.KeyValues(config=model.config)
+    with torch.no_grad():
+        handle = model.base_model.register_forward_pre_hook(
+            lambda module, args: shapes.append(tuple(args[0].shape))
+        )
+        result = common.prefill(model, prefixes, {common.cache_keyword(model): cache}, cache)
+        handle.remove()
+    return *result, cache, shapes
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (4, 1, 9), (3, 4, 9), (2, 5, 25), (6, 2, 1)])
+def test_prefixes_are_prefilled_as_if_each_stood_alone(build, sizes):
+    model, rng = build(), random.Random(0)
+    two_passes = 0
+    for _ in range(8):
+        prefixes = forest(rng, *sizes)
+        states, mask, position, cache, shapes = computed(model, prefixes)
+        two_passes += len(shapes) == 2
+        assert cache.get_seq_length() == mask.shape[1] == max(map(len, prefixes))
+        for i, prefix in enumerate(prefixes):
+            n, alone = len(prefix), common.DynamicCache(config=model.config)
+            options = {common.cache_keyword(model): alone, "use_cache": True}
+            with torch.no_grad():
+                hidden = model.base_model(torch.tensor([prefix]), **options).last_hidden_state
+            torch.testing.assert_close(states[i], hidden[0, -1], atol=1e-5, rtol=1e-5)
+            assert mask[i].tolist() == [0] * (mask.shape[1] - n) + [1] * n
+            assert position[i].tolist() == [n - 1]
+            for mine, theirs in zip(cache.layers, alone.layers, strict=True):
+                torch.testing.assert_close(mine.keys[i, :, -n:], theirs.keys[0])
+                torch.testing.assert_close(mine.values[i, :, -n:], theirs.values[0])
+    assert two_passes or sizes[1] < 4
+
+
+def test_an_answer_is_prefilled_once_for_its_boundaries_and_a_prompt_once_for_its_answers():
+    prompts = [(p, *[9] * 19) for p in (1, 2, 3)]
+    texts = [(*prompt, a, *[8] * 7) for prompt in prompts for a in (4, 5, 6, 7)]
+    prefixes = [text[:n] for text in texts for n in (28, 25, 21)]
+    assert computed(llama(), prefixes)[-1] == [(3, 20), (12, 8)]
+    assert computed(llama(), [prefixes[0], *prompts])[-1] == [(3, 28)]  # a row has no second pass
+    chats = [(1, 2, 3, 4, 5, 6, 7, 8, 9, p) for p in range(9)]  # a template before each question
+    assert computed(llama(), chats)[-1] == [(1, 9), (9, 1)]
+    apart = [(p, *[9] * 9) for p in range(9)]
+    assert computed(llama(), apart)[-1] == [(9, 10)]
+
+
+def test_outermost_texts_by_brute_force():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = [tuple(random_ids(rng, 1, 5, vocab=2)) for _ in range(rng.randint(1, 12))]
+        kept, of = common.outermost(texts)
+        begun = {a for a in texts for b in texts if a != b and b[: len(a)] == a}
+        assert kept == sorted({*texts} - begun, reverse=True)
+        assert all(kept[i][: len(text)] == text for text, i in zip(texts, of, strict=True))
+
+
+def test_heads_cost_the_fewest_tokens_of_both_passes():
+    rng = random.Random(1)
+    for _ in range(200):
+        texts, _ = common.outermost(forest(rng, rng.randint(1, 4), rng.randint(1, 4), 12))
+        heads = common.shared_heads(texts)
+
+        def cost(heads) -> float:
+            trunks, _ = common.outermost(heads)
+            tails = [len(text) - len(head) for text, head in zip(texts, heads)]
+            padded = 1 << (max(tails) - 1).bit_length() if max(tails) else 0
+            first = len(trunks) * max(map(len, trunks))
+            return (first + len(texts) * padded) / (0.75 if padded else 1)
+
+        others = [0, 1, 2, 4, 8, 16]
+        shared = [
+            max(len(os.path.commonprefix([a, b])) for b in texts if b != a) if texts[1:] else 0
+            for a in texts
+        ]
+        for most in others:
+            other = [text[: max(1, n, len(text) - most)] for text, n in zip(texts, shared)]
+            assert cost(heads) <= cost(other) + 1e-9, (texts, most)
+        assert all(head and text[: len(head)] == head for text, head in zip(texts, heads))
+
+
+def test_a_sliding_window_sees_what_it_would_see_without_a_cache():
+    """Its layers forget what is far back, so that nothing can be cut out of them: no sharing."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=40,
+        initializer_range=0.3, sliding_window=4,
+    )  # fmt: skip
+    model, rng = transformers.MistralForCausalLM(config).eval(), random.Random(0)
+    prefixes = [[*prefix] for prefix in forest(rng, 3, 3, 9)]
+    rollouts = common.sample(model, prefixes, max_new_tokens=6, eos=set(), greedy=True)
+    for prefix, rollout in zip(prefixes, rollouts):
+        for t, id in enumerate(rollout.ids):
+            assert next_logits(model, [*prefix, *rollout.ids[:t]]).argmax().item() == id
+
+
 # ------------------------------------------------------------------------------------ evaluation
 
 
@@ -1489,6 +1602,7 @@ def test_evaluation_counts_problems_not_answers_and_any_of_k(monkeypatch):
     monkeypatch.setattr(common, "sample", fake)
     result = common.evaluate(model, tokenizer, problems, 2, 37, 0.6, seed=5)
     columns = dict(accuracy=[1, 0.5, 0], pass_at_k=[1, 1, 0], greedy=[0, 1, 0])
+    columns |= dict(in_form=[1, 1, 0.5], in_form_greedy=[1, 1, 0])  # ended, with a number to read
     assert result.pop("k") == 2
     for name, values in columns.items():
         assert result.pop(name) == pytest.approx(statistics.mean(values))
@@ -1500,6 +1614,67 @@ def test_evaluation_counts_problems_not_answers_and_any_of_k(monkeypatch):
         assert prefixes == [common.encode(tokenizer, p.question + "\n") for p in problems]
         assert options["max_new_tokens"] == [36] * 3  # of a window of 40 the prompt takes 4
         assert options["temperature"] == 0.6 and options["eos"] == {256}
+
+
+def test_in_form_is_an_answer_that_ended_and_can_be_read_right_or_wrong():
+    tokenizer = common.build_tokenizer()
+    for text, finished, expected in [
+        ("#### 6", True, True), ("#### 6", False, False), ("6", True, False), ("####", True, False),
+        ("3+4=7\n#### seven", True, True), ("so \\boxed{7}", True, True), ("", True, False),
+    ]:  # fmt: skip
+        ids = [*common.encode(tokenizer, text), *([256] if finished else [])]
+        assert common.in_form(Rollout([1], ids, finished), tokenizer) is expected, text
+
+
+def test_the_words_about_an_evaluation_hold_its_numbers():
+    result = dict(k=3, accuracy=0.25, accuracy_stderr=0.0125, pass_at_k=0.5, pass_at_k_stderr=0.02)
+    result |= dict(greedy=0.375, greedy_stderr=0.03, in_form=0.875, in_form_greedy=1.0)
+    assert common.describe(result) == (
+        "sampled 0.250 ± 0.013, pass@3 0.500 ± 0.020, greedy 0.375 ± 0.030; "
+        "in form 87.5%, greedy 100.0%"
+    )
+
+
+# --------------------------------------------------------------------------- no reward, and why
+
+
+def told(capsys, rounds: list[list[tuple[str, bool, float]]], steps=9) -> list[str]:
+    """What is printed after each round of answers (text, finished, reward)."""
+    tokenizer, progress, said = common.build_tokenizer(), {}, []
+    setup = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(steps=steps))
+    for step, answers in enumerate(rounds):
+        rollouts = [Rollout([1], common.encode(tokenizer, t), *rest) for t, *rest in answers]
+        common.warn_if_no_reward(setup, step, progress, rollouts)
+        said.append(capsys.readouterr().out)
+    return said
+
+
+CUT, FORMLESS, WRONG = ("#### 7", False, 0.0), ("it is 7", True, 0.0), ("#### 7", True, 0.0)
+
+
+def test_after_three_rounds_without_a_reward_it_is_said_once_why(capsys):
+    said = told(capsys, [[CUT, FORMLESS], [CUT, WRONG], [CUT, CUT, CUT, FORMLESS], [CUT] * 99])
+    assert said[0] == said[1] == said[3] == ""
+    assert said[2].count("\n") == 1
+    assert "none of the first 8 answers got a reward: 62% were cut" in said[2]
+    places = [said[2].index(words) for words in ("62% were cut", "25% ended", "12% were wrong")]
+    assert places == sorted(places)
+    for flag in ("--max_new_tokens", "--prompt", "--warm_start_steps", "--terms", "--model"):
+        assert flag in said[2]
+
+
+def test_many_answers_without_a_reward_are_told_after_the_first_round(capsys):
+    assert "100% were wrong" in told(capsys, [[WRONG] * 64])[0]
+    assert told(capsys, [[WRONG] * 63])[0] == ""
+    assert "the first 64 answers" in told(capsys, [[WRONG] * 63, [WRONG]])[1]
+    assert "cut" not in told(capsys, [[WRONG] * 64])[0]  # what no answer did
+    assert "the first 2 answers" in told(capsys, [[WRONG], [WRONG]], steps=2)[1]  # the last round
+
+
+def test_where_a_reward_has_come_nothing_is_said(capsys):
+    right = ("#### 7", True, 1.0)
+    assert told(capsys, [[WRONG], [WRONG, right], [WRONG] * 99, [WRONG] * 99]) == [""] * 4
+    assert told(capsys, [[WRONG] * 80 + [right], [WRONG] * 80]) == [""] * 2
 
 
 def test_a_cut_answer_is_never_right():
