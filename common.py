@@ -1463,6 +1463,8 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")
     if not run.name:
         raise BadInput("--name '': a run needs a name")
+    if run.eval_only and run.model and run.warm_start_steps:
+        raise BadInput("--warm_start_steps: not with --eval_only, which trains nothing")
     return cfg, run
 
 

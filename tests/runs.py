@@ -23,6 +23,11 @@ BASE = [*WARM, *SIZES, *TRAIN]
 SHORT = [*BASE, "--steps", "2", "--save_every", "1"]  # the last of a repeated flag counts
 
 
+def given(folder) -> list[str]:
+    """Flags of a run that begins with the weights in `folder` as they are."""
+    return ["--model", str(folder), "--warm_start_steps", "0"]
+
+
 OTHERS = {  # script -> its module, flags of a small run, and what its metrics add
     "mpo": (
         mpo,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from conftest import ROOT
-from runs import BASE, summary
+from runs import BASE, given, summary
 
 SMALL = "--steps 3 --show_every 1 --eval_every 2 --save_every 9 --max_grad_norm 0.7".split()
 SMALL += (
@@ -46,7 +46,7 @@ def test_every_logged_value_is_that_of_what_was_sampled_and_trained(warm, run, n
         ]
         lines = [json.dumps(dict(question=q, answer=s)) for q, s in rows]
         (warm / "rows.jsonl").write_text("\n".join(lines))
-        flags += ["--data", "rows.jsonl", "--model", str(start)]
+        flags += ["--data", "rows.jsonl", *given(start)]
         flags += ["--prompt", "Add."] if number % 6 == 0 else []
     done = run(*BASE, *SMALL, *flags, patch=patch, script=script)
     assert done.code == 0, done.err[-3000:]

@@ -15,7 +15,7 @@ import filelock
 import pytest
 
 from conftest import ENV, ROOT
-from runs import BASE, SHORT, SLOW, after_rows, on_a_terminal, other_args, result
+from runs import BASE, SHORT, SLOW, after_rows, given, on_a_terminal, other_args, result
 from runs import rows_written, saved_step
 
 # ------------------------------------------------------------------------------------ one owner
@@ -84,7 +84,7 @@ def late(folder):
 common.claim = late
 """
     (start,) = (warm / "runs" / "warm_start").iterdir()
-    for i, more in enumerate(([], ["--model", str(start)])):
+    for i, more in enumerate(([], given(start))):
         done = run(*SHORT, *more, "--name", f"late{i}", patch=patch)
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert f"runs/late{i} exists" in done.err
@@ -271,7 +271,7 @@ def test_no_text_from_outside_steers_the_terminal(warm, run):
     (warm / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shutil.copy(warm / "rows.jsonl", warm / f"{evil[:4]}.jsonl")
     (start,) = (warm / "runs" / "warm_start").iterdir()
-    sizes = ["--data", "rows.jsonl", "--model", str(start), "--steps", "1", "--show_every", "1"]
+    sizes = ["--data", "rows.jsonl", *given(start), "--steps", "1", "--show_every", "1"]
     for script in ("spo", "spo --variant tree", "mpo", "reset_po"):
         name, *more = script.split()
         flags = [*(SHORT if name == "spo" else other_args(name)), *sizes, *more]

@@ -7,7 +7,9 @@ import math
 import os
 import random
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -20,6 +22,7 @@ from transformers import MambaForCausalLM, PreTrainedTokenizerFast
 from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 import common
+import spo
 from common import BadInput, Problem
 from test_common import assert_drawn_from, next_logits, random_samples, reference
 
@@ -361,17 +364,166 @@ def test_a_padded_batch_continues_each_prompt_as_it_would_alone(policies, family
         assert rollout.ids == expected
 
 
+# ------------------------------------------------------------------- a warm start for any model
+
+
+def solutions(tokenizer, seed: int, step: int, instruction: str) -> list[tuple]:
+    """(prompt, solution) ids of what step number `step` of a warm start imitates, 8 a step."""
+    rows = [row for row in word_problems() if common.split_of(row["question"]) == "train"]
+    chosen = common.batch_at(rows, step, 8, f"{seed}-warm")
+    asked = [f"{row['question']}\n\n{instruction}" for row in chosen]
+    prompts = [common.user_turn(tokenizer, text) for text in asked]
+    texts = [common.encode(tokenizer, row["answer"]) for row in chosen]
+    return [(p, [*text, tokenizer.eos_token_id]) for p, text in zip(prompts, texts)]
+
+
+@every_family
+def test_a_warm_start_of_a_given_model_is_adamw_on_the_solutions_alone(
+    folders, tmp_path, monkeypatch, family
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps(row) for row in word_problems()]
+    Path("rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    run = common.RunConfig(
+        name="x", data="rows.jsonl", model=str(folders[family]), warm_start_steps=20,
+        warm_start_lr=3e-3, seed=3, prompt="Be brief.",
+    )  # fmt: skip
+    train = common.load_problems("rows.jsonl", "train")
+    model, tokenizer = common.first_policy(run, torch.device("cpu"))
+    folder = common.warm_start(run, train, model, tokenizer)
+    made = common.load_policy(folder, "cpu")[0]
+
+    mine, _ = common.load_policy(folders[family], "cpu")
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(20):  # rises over a tenth of the steps, falls to 0
+        rate = min(step / 2, (20 - step) / 18)
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate
+        losses, count = 0.0, 0
+        for prompt, solution in solutions(tokenizer, 3, step, "Be brief."):
+            logits = mine(torch.tensor([[*prompt, *solution]])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.log_softmax(-1)[range(len(solution)), solution]
+            losses, count = losses - chosen.sum(), count + len(solution)
+        (losses / count).backward()
+        torch.nn.utils.clip_grad_norm_(mine.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    ids = torch.tensor([[*prompt, *solution]])  # not weights: some have no effect, and drift
+    before = common.load_policy(folders[family], "cpu")[0]
+    with torch.no_grad():
+        begun, expected, given = (policy(ids).logits for policy in (before, mine, made))
+    assert (given - expected).abs().max() < 0.01 * (expected - begun).abs().max()
+
+
+def test_a_given_model_imitates_the_mistaken_student_on_the_built_in_task(policies):
+    _, tokenizer = policies["qwen2"]
+    run = common.RunConfig(model="x", seed=1, terms=4)
+    train = common.load_problems("sums", "train", 9, 1, 4)
+    samples = common.imitation_batch(run, tokenizer, train, step=2)
+    built_in = common.RunConfig(seed=1, terms=4)
+    own = common.imitation_batch(built_in, common.build_tokenizer(), train, step=0)
+    assert (len(samples), len(own)) == (8, 64)
+    facts = common.wrong_facts(1)
+    for i, s in enumerate(samples, 16):
+        question = common.make_sum(1, "train", i, 4).question
+        text = common.solve_sum(question, facts, random.Random(f"1-student-{i}"))
+        asked = f"{question}\n\n{common.INSTRUCTIONS['sums']}"
+        assert s.context == common.user_turn(tokenizer, asked)
+        assert s.ids == [*common.encode(tokenizer, text), tokenizer.eos_token_id]
+
+
+FLAGS = {
+    "spo": "--batch_size 2 --continuations 2",
+    "mpo": "--group_size 4 --batch_size 4",
+    "reset_po": "--fresh 2 --resets 2 --localiser_tokens 8",
+}
+WARM_SIZES = "--data rows.jsonl --steps 1 --prompts 2 --eval_problems 2 --max_new_tokens 8".split()
+
+
+def write_word_problems(folder) -> None:
+    lines = [json.dumps(row) for row in word_problems()]
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_a_warm_start_of_a_given_model_is_made_once_and_shared_by_recipe(folders, run, tmp_path):
+    write_word_problems(tmp_path)
+    starts = tmp_path / "runs" / "warm_start"
+    flags = [*WARM_SIZES, "--model", str(folders["qwen2"])]
+    assert run(*flags, "--name", "without").code == 0
+    assert not [*starts.glob("*")]  # 0 is the default
+    moved = tmp_path / "moved"
+    shutil.copytree(folders["qwen2"], moved)
+    (moved / "README.md").write_text("as a hub has it")
+    for i, (more, count) in enumerate([
+        ([], 1), (["--lr", "1e-3"], 1), (["--model", str(moved)], 1),
+        (["--training_tokens", "99"], 1), (["--warm_start_lr", "1e-4"], 2), (["--seed", "1"], 3), (["--prompt", "none"], 4),
+        (["--model", str(folders["gpt2"])], 5), (["--warm_start_steps", "3"], 6),
+    ]):  # fmt: skip
+        done = run(*flags, "--warm_start_steps", "2", *more, "--name", f"run{i}")
+        assert done.code == 0, done.err
+        assert len([*starts.iterdir()]) == count, more
+        assert ("made earlier" in done.out) == (i in (1, 2, 3))
+        assert "warm start: 100%" in done.err or i in (1, 2, 3)
+    config = json.loads((tmp_path / "runs" / "run4" / "config.json").read_text())
+    assert (config["warm_start_steps"], config["warm_start_lr"]) == (2, 1e-4)
+    for start in starts.iterdir():
+        assert AutoModelForCausalLM.from_pretrained(start).num_parameters()
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_run_begins_with_what_its_warm_start_has_made(folders, run, tmp_path, script):
+    write_word_problems(tmp_path)
+    flags = [*WARM_SIZES, *FLAGS[script].split(), "--model", str(folders["llama"])]
+    flags += "--warm_start_steps 3 --warm_start_lr 1e-2 --lr 1e-9".split()
+    flags += "--gradient_checkpointing True".split()
+    assert run(*flags, script=script).code == 0
+    (start,) = (tmp_path / "runs" / "warm_start").iterdir()
+    made, given = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)
+        for f in (start, folders["llama"])
+    )
+    ended = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / script / "checkpoint")
+    for a, b, c in zip(made.parameters(), ended.parameters(), given.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert (a - c).abs().max() > 1e-3
+
+
+def test_the_reference_of_a_resumed_run_is_its_warm_started_model(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_word_problems(tmp_path)
+    options = dict(data="rows.jsonl", model=str(folders["qwen2"]), warm_start_steps=2)
+    settings = common.RunConfig(name="x", resume=True, **options)
+    train = common.load_problems("rows.jsonl", "train")
+    model, tokenizer = common.first_policy(settings, torch.device("cpu"))
+    started, _ = common.warm_started(settings, train, model, tokenizer, common.Compute())
+    trained = common.load_policy(folders["qwen2"], "cpu")[0]
+    setup = SimpleNamespace(run=settings, model=trained, train=train, compute=common.Compute())
+    reference = spo.reference_policy(setup)
+    for a, b in zip(reference.parameters(), started.parameters(), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--warm_start_steps 3 --warm_start_lr 1e6", "the warm start's loss is"),
+        ("--warm_start_lr 0", "--warm_start_lr 0.0: must be above 0"),
+        ("--warm_start_steps 3 --eval_only", "--warm_start_steps: not with --eval_only"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_said_in_one_line(folders, run, tmp_path, flags, words):
+    write_word_problems(tmp_path)
+    done = run(*WARM_SIZES, "--model", str(folders["gpt2"]), *flags.split())
+    assert done.code == 2
+    assert done.err.split("\n")[-2].startswith("error: ") and words in done.err
+    assert not [*tmp_path.glob("runs/warm_start/*")] and not (tmp_path / "runs" / "spo").exists()
+
+
 # ------------------------------------------------------------------------------------ whole runs
 
 SMALL = (
     "--data rows.jsonl --steps 2 --prompts 2 --eval_problems 2 --eval_samples 1 --temperature 0.9 "
     "--max_new_tokens 12 --lr 1e-2 --warmup_updates 0 --show_every 1 --save_every 1"
 ).split()
-FLAGS = {
-    "spo": "--batch_size 2 --continuations 2",
-    "mpo": "--group_size 4 --batch_size 4",
-    "reset_po": "--fresh 2 --resets 2 --localiser_tokens 8",
-}
 
 
 @pytest.mark.parametrize("script", FLAGS)

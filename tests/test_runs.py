@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import spo
 from conftest import ENV, ROOT
-from runs import BASE, OTHERS, SHORT, SLOW, after_rows, listing, metrics, on_a_terminal
-from runs import other_args, python, result, rows_written, saved_step, summary, weights
+from runs import BASE, OTHERS, SHORT, SLOW, after_rows, given, listing, metrics
+from runs import on_a_terminal, other_args, python, result, rows_written, saved_step, summary
+from runs import weights
 
 # ------------------------------------------------------------------------------------ whole runs
 
@@ -81,7 +82,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(base, warm, r
     (start,) = (warm / "runs" / "warm_start").iterdir()
     assert run(*BASE, "--name", "again").code == 0
     for seed in ("0", "1"):
-        model = ("--model", str(start), "--seed", seed, "--name", f"seed{seed}")
+        model = (*given(start), "--seed", seed, "--name", f"seed{seed}")
         assert run(*BASE, *model).code == 0
     runs = warm / "runs"
     expected = result(base[0] / "runs" / "spo")
@@ -97,7 +98,7 @@ def test_the_seed_decides_what_is_sampled_to_the_same_problem(warm, run):
     rows = [json.dumps(dict(question=question, answer=answer)) for question, answer in pairs]
     (warm / "rows.jsonl").write_text("\n".join(rows))
     (start,) = (warm / "runs" / "warm_start").iterdir()
-    args = [*SHORT, "--data", "rows.jsonl", "--model", str(start), "--steps", "1"]
+    args = [*SHORT, "--data", "rows.jsonl", *given(start), "--steps", "1"]
     for seed in "01":
         assert run(*args, "--seed", seed, "--name", seed).code == 0
     tokens = [metrics(warm / "runs" / seed)[0]["sampled_tokens"] for seed in "01"]
@@ -1008,7 +1009,7 @@ def test_a_run_is_resumed_and_evaluated_with_the_settings_it_began_with(base, wa
     after = re.search(r"^after:  (sampled .*)$", base[1].out, re.M)
     assert (done.code, done.out) == (0, f"6 held-out problems: {after[1]}\n")
     (start,) = (warm / "runs" / "warm_start").iterdir()
-    again = ["--model", str(start), "--name", "model"]
+    again = [*given(start), "--name", "model"]
     trained = run(*BASE, *again)
     done = run("--eval_only", "--name", "model")  # the trained policy, not what it began from
     after = re.search(r"^after:  (sampled .*)$", trained.out, re.M)
