@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
@@ -27,6 +28,7 @@ import common  # noqa: E402
 pytest.importorskip("trl", reason="TRL is not installed: tutorials/requirements.txt")
 
 import trl_adapter as adapter  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from common import BadInput  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
@@ -203,6 +205,24 @@ def measure(command: str, policy: str, folder: str, error: str = "") -> dict:
     )  # fmt: skip
 
 
+def together(policy: str) -> bool:
+    """Is a policy that FSDP has sharded as it was, once `whole_policy` has put it together?
+
+    Under FSDP accelerate takes no CPU; what shards the policy here is torch's own function.
+    """
+    model, _ = common.load_policy(policy, torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    args = adapter.GRPOConfig(output_dir=".", use_cpu=True, bf16=False, ddp_backend="gloo")
+    torch.distributed.fsdp.fully_shard(model)
+    share = sum(weight.to_local().numel() for weight in model.parameters())
+    trainer = SimpleNamespace(model_wrapped=model, is_fsdp_enabled=True, args=args)
+    trainer.accelerator = Accelerator(cpu=True)
+    with adapter.whole_policy(trainer) as whole:
+        after = whole.state_dict()
+        assert not whole.training and share < 0.6 * common.count_parameters(whole)
+    return model.training and all(torch.equal(after[name], before[name]) for name in before)
+
+
 def main(policy: str, folder: str) -> None:
     torch.set_num_threads(1)
 
@@ -212,6 +232,7 @@ def main(policy: str, folder: str) -> None:
 
     found = {case: run(case) for case in CASES}
     found |= {error: run(case, name) for error, (_, case, name) in PLANTED.items()}
+    found["together"] = os.environ.get("WORLD_SIZE") == "2" and together(policy)
     if os.environ.get("RANK", "0") == "0":
         Path(folder, "found.json").write_text(json.dumps(found))
 
@@ -279,6 +300,10 @@ def test_a_planted_error_is_found(found, error):
     if found["processes"] not in processes:
         pytest.skip("shows on two processes")
     assert max(found[error]["differences"]) > 100 * TOLERANCE
+
+
+def test_a_sharded_policy_is_put_together_to_sample(found):
+    assert found["together"] == (found["processes"] == 2)
 
 
 # ------------------------------------------------------------------------- hooks that have moved

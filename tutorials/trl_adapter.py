@@ -41,7 +41,8 @@ What differs from the scripts:
     in the same order.
  4. The scripts bound log-ratios at -10 and 10, TRL does not.
 
-Run: one process and two, on CPUs, with DDP and FSDP. Not run: GPUs, DeepSpeed, vLLM, LoRA.
+Run: one process and two (DDP), on CPUs. Not run: GPUs, DeepSpeed, FSDP (but for putting a sharded
+policy together), vLLM.
 """
 
 import inspect
@@ -351,7 +352,7 @@ def trl_arguments(method: str, cfg, run: RunConfig, flags: list[str], processes:
         output_dir=f"runs/{run.name}", use_cpu=not gpu, bf16=gpu, logging_steps=10,
         ddp_backend="gloo" if processes > 1 and not gpu else None, save_strategy="no",
         per_device_train_batch_size=max(fitting, default=1), report_to="none", disable_tqdm=True,
-        activation_checkpointing=run.gradient_checkpointing,
+        activation_checkpointing=run.gradient_checkpointing, ddp_find_unused_parameters=False,
     )  # fmt: skip
     micro = parser.parse_known_args(flags)[0].per_device_train_batch_size
     if rows % (micro * updates):
