@@ -29,6 +29,7 @@ pytest.importorskip("trl", reason="TRL is not installed: tutorials/requirements.
 
 import trl_adapter as adapter  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from accelerate.commands.config.config_args import load_config_from_file  # noqa: E402
 from common import BadInput  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
@@ -365,6 +366,14 @@ def test_a_hook_that_does_something_else_is_named(
         trainer.train()
 
 
+def test_trees_without_any_signal_change_nothing(monkeypatch, policy, tmp_path):
+    monkeypatch.setattr(common, "response_reward", lambda *_: 0.0)
+    trainer = trainer_of(CASES["spo-tree"], policy, tmp_path)
+    before = [weight.clone() for weight in trainer.model.parameters()]
+    trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
 # ---------------------------------------------------------------------------- the command line
 
 
@@ -422,6 +431,11 @@ def test_a_run_from_the_command_line(policy, tmp_path, processes):
     common.load_policy(tmp_path / "runs" / "x", torch.device("cpu"))
     again = python(tmp_path, script, *flags, policy)
     assert again.returncode == 2 and again.stderr.count("\n") == 1, again.stderr
+
+
+def test_accelerate_reads_its_configuration():
+    config = load_config_from_file(str(ROOT / "tutorials" / "two_gpus.yaml"))
+    assert (config.num_processes, config.distributed_type) == (2, "MULTI_GPU")
 
 
 # ---------------------------------------------------------------------------------------- vLLM

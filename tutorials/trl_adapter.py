@@ -3,14 +3,14 @@ the scripts' functions, and TRL brings what they lack (accelerate, DeepSpeed, FS
 
     python tutorials/trl_adapter.py spo-chain          or spo-tree, mpo, rrpo, srpo
     python tutorials/trl_adapter.py mpo --tiny         the script's flags and defaults
-    python tutorials/trl_adapter.py rrpo --model FOLDER --data gsm8k -- --lr_scheduler_type cosine
+    python tutorials/trl_adapter.py rrpo --model FOLDER --data gsm8k -- --logging_steps 1
                                                        behind -- stand TRL's (GRPOConfig)
 
 and on several processes, where there is no GPU over gloo:
 
     torchrun --nproc_per_node 2 tutorials/trl_adapter.py spo-chain --tiny
     accelerate launch --config_file tutorials/two_gpus.yaml tutorials/trl_adapter.py spo-chain
-    torchrun --nproc_per_node 2 tutorials/trl_adapter.py spo-chain -- --deepspeed zero2.json
+    torchrun --nproc_per_node 2 tutorials/trl_adapter.py spo-chain -- --deepspeed ZERO2.json
 
 What goes where:
 
@@ -39,7 +39,8 @@ What differs from the scripts:
     ones fill it up. They change nothing, and take the time of a row. So do answers without signal.
  3. Rows are parted anew into optimiser steps by each process for itself, and --epochs repeats them
     in the same order.
- 4. The scripts bound log-ratios at -10 and 10, TRL does not.
+ 4. The scripts bound log-ratios at -10 and 10, TRL does not; and in bf16 its last layer is in bf16
+    too, unless --cast_lm_head_to_fp32 True stands behind --.
 
 Run: one process and two (DDP), on CPUs. Not run: GPUs, DeepSpeed, FSDP (but for putting a sharded
 policy together), vLLM.
@@ -65,14 +66,20 @@ import reset_po
 import spo
 import torch
 import torch.nn.functional as F
-import trl
 from common import BadInput, Compute, Rollout, RunConfig, Sample
 from datasets import Dataset
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
-from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
+
+TESTED = "1.16.0"  # TRL's API moves monthly
+try:
+    import trl
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models import unwrap_model_for_generation
+except ImportError as error:
+    text = f"needs TRL {TESTED}, of tutorials/requirements.txt ({error})"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(text) from None
 
 METHODS = {  # name -> the script, and what its command line would say
     "spo-chain": (spo, ["--variant", "chain"]),
@@ -87,7 +94,6 @@ HOOKS = {  # of GRPOTrainer -> the parameters that are used here
     "_prepare_inputs": ["generation_batch"],
     "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask"],
 }
-TESTED = "1.16.0"  # TRL's API moves monthly
 
 
 class Job(NamedTuple):
