@@ -258,7 +258,8 @@ def policy(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("policy"))
         problems = common.load_problems("sums", "train", None, 0, 3)
-        warm = common.warm_start(run, problems, torch.device("cpu"), torch.float32).resolve()
+        model, tokenizer = common.first_policy(run, torch.device("cpu"))
+        warm = common.warm_start(run, problems, model, tokenizer).resolve()
     tokenizer = common.build_tokenizer()
     torch.manual_seed(0)
     end = tokenizer.eos_token_id

@@ -393,11 +393,11 @@ def make_trainer(method: str, cfg, run: RunConfig, args: GRPOConfig) -> Trainer:
     check_hooks()
     device = args.device
     train = common.load_problems(run.data, "train", None, run.seed, run.terms)
-    source = run.model or common.warm_start(run, train, torch.device("cpu"), torch.float32)
-    model, tokenizer = common.load_policy(source, device)
-    common.no_dropout(model)
     compute = Compute(torch.bfloat16 if args.bf16 else torch.float32)
     compute.training_tokens = common.training_tokens(device)
+    model, tokenizer = common.first_policy(run, device)
+    model, tokenizer = common.warm_started(run, train, model, tokenizer, compute)
+    common.no_dropout(model)
     sizes = common.count_parameters(model), common.token_bytes(model, compute)
     fitting = common.sampling_tokens(common.free_memory(device), *sizes)
     compute.sampling_tokens = run.sampling_tokens or fitting
