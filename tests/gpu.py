@@ -95,18 +95,11 @@ def sampling_rows(shape: str) -> list[str]:
 # ------------------------------------------------------------------------------------ steps, memory
 
 
-@contextlib.contextmanager
-def run_folder():
-    """A folder of its own, with nothing printed."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        quiet = open(os.devnull, "w")
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            yield Path(folder)
-
-
 def run_script(name: str, flags: list[str]) -> None:
-    sys.argv = [f"{name}.py", *flags]
-    SCRIPTS[name].main()
+    """The script's main(), with nothing printed."""
+    sys.argv, quiet = [f"{name}.py", *flags], open(os.devnull, "w")
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        SCRIPTS[name].main()
 
 
 def measured_step(shape: str, command: str) -> dict:
@@ -146,7 +139,7 @@ def measured_step(shape: str, command: str) -> dict:
     take_time(common, "score", "scoring")
     take_time(script, "update", "update")
     common.response_reward = lambda ids, *_: float(sum(ids) % 2)
-    with run_folder():
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for part in random_policy(shape):
             part.save_pretrained("policy")
         rows = [dict(question=f"{i}+{i} " * 16, answer=f"#### {2 * i}") for i in range(400)]
@@ -179,24 +172,26 @@ def step_rows(shape: str) -> tuple[list[str], list[str]]:
 # ----------------------------------------------------------------------------- does it still learn
 
 
-def learned(command: str, dtype: str) -> dict:
+def learned(folder: str, name: str, command: str, dtype: str) -> dict:
     """summary.json of a run on the built-in task."""
-    name, *flags = command.split()
-    flags += f"--tiny --seed 0 --show_every 0 --dtype {dtype}".split()
-    flags += "--warm_start_steps 80 --steps 3 --eval_problems 20".split() if TINY else []
-    with run_folder() as folder:
-        run_script(name, flags)
-        return json.loads((folder / "runs" / name / "summary.json").read_text())
+    script, *flags = command.split()
+    flags += f"--tiny --name {name} --show_every 0 --dtype {dtype}".split()
+    flags += "--warm_start_steps 80 --steps 2 --eval_problems 10".split() if TINY else []
+    with contextlib.chdir(folder):
+        run_script(script, flags)
+        return json.loads(Path("runs", name, "summary.json").read_text())
 
 
 def learning_rows() -> list[str]:
+    """The runs share a folder, and so their warm start."""
     rows = []
-    for dtype in ("bf16", "fp16"):
-        for command in ("spo", "spo --variant tree", "mpo", "reset_po"):
-            done = alone(learned, command, dtype)
-            cells = [f"{done[f'accuracy_{when}']:.3f}" for when in ("before", "after")]
-            cells.append(f"{done['accuracy_stderr']:.3f} | {done['seconds']:.0f}")
-            rows.append(f"| `{command} --tiny` | {dtype} | {' | '.join(cells)} |")
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("bf16", "fp16"):
+            for command in ("spo", "spo --variant tree", "mpo", "reset_po"):
+                done = alone(learned, folder, f"run{len(rows)}", command, dtype)
+                cells = [f"{done[f'accuracy_{when}']:.3f}" for when in ("before", "after")]
+                cells.append(f"{done['accuracy_stderr']:.3f} | {done['seconds']:.0f}")
+                rows.append(f"| `{command} --tiny` | {dtype} | {' | '.join(cells)} |")
     return rows
 
 

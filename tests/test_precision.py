@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
+import gpu
 from common import Compute, Sample
 from conftest import ENV, ROOT
 from test_common import random_samples
@@ -301,3 +302,29 @@ def test_on_a_gpu_a_model_of_half_a_billion_takes_a_whole_step(tmp_path, script)
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_script_fills_all_its_tables_on_a_cpu():
+    """gpu.py is run by hand where there is a GPU; here with --tiny, so that it runs when it is."""
+    command = [sys.executable, str(ROOT / "tests" / "gpu.py"), "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in done.stdout.splitlines()]
+    rows = [row for row in rows if row and not row[0].startswith("---")]
+    sampling = [row for row in rows if row[0] == "toy" and len(row) == 6]
+    assert [row[1] for row in sampling] == ["1", "8", "64"]
+    for _, _, ours, theirs, ratio, share in sampling:
+        ours, theirs = (float(x.replace(",", "")) for x in (ours, theirs))
+        assert float(ratio) == pytest.approx(ours / theirs, abs=0.02) and share.endswith("%")
+    steps = [row for row in rows if row[0] == "toy" and len(row) == 9]
+    assert [row[1] for row in steps] == [*gpu.METHODS]
+    for _, _, tokens, *seconds, peak, computed in steps:
+        whole, *parts = map(float, seconds)
+        assert int(tokens) >= 24 * 2 and sum(parts) <= whole + 0.2 and peak == "no GPU"
+        assert float(computed) > 0
+    apart = [row for row in rows if row[0] == "toy" and len(row) == 4]
+    assert [row[1] for row in apart] == [*gpu.METHODS]
+    assert all(0 <= float(mean) <= float(largest) < 1e-3 for _, _, largest, mean in apart)
+    learned = [row for row in rows if "--tiny" in row[0]]
+    assert [row[1] for row in learned] == ["bf16"] * 4 + ["fp16"] * 4
+    assert all(0 <= float(x) <= 1 for row in learned for x in row[2:4])
