@@ -105,7 +105,7 @@ def test_the_seed_decides_what_is_sampled_to_the_same_problem(warm, run):
     assert tokens[0] != tokens[1]
 
 
-@pytest.mark.parametrize("policy", [[], ["--model", "runs/spo/checkpoint", "--name", "none"]])
+@pytest.mark.parametrize("policy", [[], [*given("runs/spo/checkpoint"), "--name", "none"]])
 def test_eval_only_repeats_the_final_evaluation_and_writes_nothing(base, run, policy):
     before = listing(base[0])
     done = run(*BASE, "--eval_only", *policy, cwd=base[0])
