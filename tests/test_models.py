@@ -24,6 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForCondition
 import common
 import spo
 from common import BadInput, Problem
+from runs import metrics
 from test_common import assert_drawn_from, next_logits, random_samples, reference
 
 FAMILIES = ("qwen2", "llama", "gpt2")
@@ -551,6 +552,23 @@ def test_every_script_trains_every_family(folders, run, tmp_path, family, script
     if script == "spo":
         done = run(*args, "--eval_only", patch=patch, script=script)
         assert done.code == 0 and re.match(r"2 held-out problems: ", done.out), done.err
+
+
+@pytest.mark.parametrize("script", [*FLAGS, "spo --variant tree"])
+def test_a_model_that_never_gets_a_reward_is_told_why_once(folders, run, tmp_path, script):
+    write_word_problems(tmp_path)
+    script, *more = script.split()
+    flags = [*WARM_SIZES, *FLAGS[script].split(), "--model", str(folders["gpt2"]), *more]
+    flags += ["--batch_size", "0", "--branching", "2", "2"] if more else []
+    done = run(*flags, "--steps", "4", "--save_every", "1", script=script)
+    assert done.code == 0, done.err
+    said = [line for line in done.out.splitlines() if "got a reward" in line]
+    each = dict(spo=6, mpo=24, reset_po=12)[script] if not more else None  # of three rounds
+    count = re.match(r"none of the first (\d+) answers got a reward: ", said[0])
+    assert len(said) == 1 and (each is None or int(count[1]) == each)
+    assert "were cut by their budget (--max_new_tokens)" in said[0]
+    rows = metrics(tmp_path / "runs" / script)
+    assert all(float(row["accuracy"]) == float(row["in_form"]) == 0 for row in rows)
 
 
 def test_the_readme_shows_every_instruction():
