@@ -602,7 +602,7 @@ def show_answer(
         pieces[t] = "'" + pieces[t]
     labels = {t: f"{advantages[t]:+.2f}" for t in starts}
     lines = common.credit_lines(pieces, advantages, labels, notes, colour)
-    legend = f"  | a segment, ' a cutpoint within; cutpoints of this step:\n  {places}"
+    legend = f"  | a segment, ' a cutpoint within; cutpoints of this round:\n  {places}"
     return "\n".join([title, *lines, legend])
 
 

@@ -929,7 +929,7 @@ def test_the_display_picks_a_failure_with_credit_and_counts_cutpoints_of_all_ans
     one = credit._replace(samples=samples[:1], answers=answers[:1])
     places = spo.cutpoint_places(one, None, tokenizer, cfg)
     alone = spo.show_answer([problem], one, places, tokenizer, cfg, False, 100)
-    assert "0% begin a step" in alone and "wrong" not in alone.split("cutpoints of this step")[1]
+    assert "0% begin a step" in alone and "wrong" not in alone.split("cutpoints of this round")[1]
 
 
 def test_the_tree_is_shown_a_node_a_line_and_cut_to_a_width(tokenizer, monkeypatch):
