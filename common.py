@@ -279,9 +279,8 @@ def prefill(model, prefixes: list[tuple[int, ...]], past: dict, cache: "KeyValue
         states = columns_before(states, row, end, width)  # (M, width, H)
         begin, mask = left(heads, width)  # (M,), (M, width)
         ids = pad_sequence(tensors(tails), True)  # (M, E)
-        place = torch.arange(ids.shape[1], device=device)
-        mask = torch.cat([mask, (place < lengths(tails)[:, None]).long()], 1)
-        position = lengths(heads)[:, None] + place
+        mask = F.pad(mask, (0, ids.shape[1]), value=1)  # no real token sees padding on the right
+        position = lengths(heads)[:, None] + torch.arange(ids.shape[1], device=device)
         states = torch.cat([states, forward(model, ids, mask, position, past)], 1)
     width, row = max(map(len, prefixes)), torch.tensor(text_of, device=device)  # (S,)
     end = begin[row] + lengths(prefixes) - 1  # (S,)

@@ -1587,7 +1587,7 @@ def test_evaluation_counts_problems_not_answers_and_any_of_k(monkeypatch):
     model = llama(vocab=len(tokenizer))
     problems = [Problem(f"{i}+0", "", str(i)) for i in (7, 8, 9)]
     answers = {  # per problem: is it right, and is it finished
-        False: [[(1, 1), (1, 1)], [(0, 1), (1, 1)], [(1, 0), (0, 1)]],
+        False: [[(1, 1), (1, 1)], [(0, 1), (1, 1)], [(0, 1), (1, 0)]],
         True: [[(0, 1)], [(1, 1)], [(1, 0)]],
     }
 
