@@ -32,15 +32,34 @@ from IPython.display import Markdown, display  # noqa: E402
 
 import common  # noqa: E402
 
-plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10})
+plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10, "hatch.linewidth": 0.6})
 SHADES = plt.get_cmap("RdBu")  # red: negative credit, blue: positive
+MARKERS, DASHES = "os^Dvx", ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
+HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
 TERMS, LONGEST = 5, 48  # sums of 3 to 5 terms, answers of at most 48 tokens
 
 
-def source(*functions) -> None:
-    """Show functions as they stand in the scripts."""
+ASSIGNED = set(  # what tutorials/assignment asks for: its source is folded
+    "group_advantages masked_mean token_logprobs clipped_surrogate k3 segment_starts "
+    "chain_advantages tree_advantages trained_tokens spo_loss block_weights block_log_ratio "
+    "scaled_eps mpo_loss step_starts localise_uncertain reset_loss".split()
+)
+
+
+def source_text(*functions) -> str:
+    """Functions as they stand in the scripts, in Markdown; folded if the assignment asks for one."""
     text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
-    display(Markdown(f"```python\n{text}\n```"))
+    text = f"```python\n{text}\n```"
+    tasks = [f"<code>{f.__name__}</code>" for f in functions if f.__name__ in ASSIGNED]
+    if tasks:
+        fold = f"Source (the assignment asks for {', '.join(tasks)}: write yours before you open it)"
+        text = f"<details><summary>{fold}</summary>\n\n{text}\n\n</details>"
+    return text
+
+
+def source(*functions) -> None:
+    """Show `source_text`."""
+    display(Markdown(source_text(*functions)))
 
 
 def check(mine, right, cases: list[tuple]) -> None:
@@ -61,15 +80,15 @@ def check(mine, right, cases: list[tuple]) -> None:
 # ------------------------------------------------------------------------- policy and small runs
 
 TINY = f"--tiny --device cpu --terms {TERMS} --max_new_tokens {LONGEST} --show_every 0 "
-TINY += "--save_every 1000 --eval_problems 150 --eval_samples 1"
+TINY += "--save_every 1000 --eval_problems 300 --eval_samples 1"
 COMMANDS = {  # the small runs of notebooks 2 to 5
-    "GRPO": "spo.py --partition trajectory --mask False --prompts 8 --group_size 8 --steps 48 "
+    "GRPO": "spo.py --partition trajectory --mask False --prompts 8 --group_size 8 --steps 72 "
     "--eval_every 24",
-    "SPO-chain": "spo.py --prompts 64 --steps 20 --eval_every 10",
-    "SPO-tree": "spo.py --variant tree --prompts 24 --steps 24 --eval_every 12",
+    "SPO-chain": "spo.py --prompts 64 --steps 30 --eval_every 10",
+    "SPO-tree": "spo.py --variant tree --prompts 48 --steps 27 --eval_every 9",
     "MPO": "mpo.py --prompts 16 --batch_size 32 --steps 20 --eval_every 10",
-    "RRPO": "reset_po.py --method rrpo --prompts 16 --lr 5e-4 --steps 30 --eval_every 15",
-    "SRPO": "reset_po.py --prompts 16 --lr 5e-4 --steps 30 --eval_every 15",
+    "RRPO": "reset_po.py --method rrpo --prompts 16 --lr 5e-4 --steps 30 --eval_every 10",
+    "SRPO": "reset_po.py --prompts 16 --lr 5e-4 --steps 30 --eval_every 10",
 }
 
 
@@ -192,10 +211,26 @@ def stderr(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
+def style(i: int) -> dict:
+    """Line i's colour, marker and dashes, so that lines can be told apart in grey."""
+    return dict(color=f"C{i}", marker=MARKERS[i % 6], linestyle=DASHES[i % 6], markersize=5)
+
+
+def whole_numbers(*axes) -> None:
+    """Ticks at whole numbers only: tokens, updates and steps have no halves."""
+    for axis in axes:
+        axis.set_major_locator(plt.MaxNLocator(nbins=7, integer=True))
+
+
+def in_thousands(axis) -> None:
+    axis.set_major_locator(plt.MaxNLocator(nbins=5))
+    axis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+
+
 def draw_curves(ax, runs: list[Run], x: str, label_of_x: str) -> None:
     """Held-out accuracy: a line a label; over several seeds their mean, with its standard error. Of
     one seed the bars are the error of the test problems alone."""
-    for label in dict.fromkeys(run.label for run in runs):
+    for i, label in enumerate(dict.fromkeys(run.label for run in runs)):
         curves = [run.curve(x) for run in runs if run.label == label]
         points = list(zip(*curves))  # evaluation by evaluation
         xs = [statistics.mean(x for x, _ in point) for point in points]
@@ -204,10 +239,11 @@ def draw_curves(ax, runs: list[Run], x: str, label_of_x: str) -> None:
         if len(curves) == 1:
             run = next(run for run in runs if run.label == label)
             errors = [run.summary["accuracy_stderr"]] * len(xs)
-        ax.errorbar(xs, means, errors, label=label, marker="o", markersize=4, capsize=3)
+        ax.errorbar(xs, means, errors, label=label, capsize=3, elinewidth=0.8, **style(i))
     seeds = len({run.seed for run in runs})
     title = f"mean of {seeds} seeds, its standard error" if seeds > 1 else "one seed"
     ax.set(xlabel=label_of_x, ylabel="held-out accuracy", title=title)
+    in_thousands(ax.xaxis) if x == "sampled_tokens" else whole_numbers(ax.xaxis)
     ax.grid(alpha=0.3)
 
 
@@ -223,31 +259,42 @@ class Row(NamedTuple):
 
 def pieces_of(ids: list[int], tokenizer) -> list[str]:
     """Tokens as one or two visible characters each."""
-    names = {"\n": "\u21b5", "<end>": "\u25a0", " ": "\u2423"}
-    return [names.get(piece, piece) for piece in (tokenizer.decode([id]) for id in ids)]
+    return [SIGNS.get(piece, piece) for piece in (tokenizer.decode([id]) for id in ids)]
+
+
+SIGNS = {"\n": "\u21b5", "<end>": "\u25a0", " ": "\u2423"}
+SAID = "\u21b5 line break   \u2423 space   \u25a0 end of the answer"
 
 
 def draw_answers(rows: list[Row], legend: str, top: float = 1.0, shades=SHADES, low=None) -> None:
     """Answers as rows of boxes, a box a token, coloured by its number between `low` (-top) and
-    `top`. A bar opens a segment; a black frame is the first wrong token."""
+    `top`; a negative one is hatched. A bar opens a segment; a black frame is the first wrong
+    token."""
     width, low = max(len(row.pieces) for row in rows), -top if low is None else low
-    figure, ax = plt.subplots(figsize=(max(8, 0.21 * width), 0.62 * len(rows) + 0.9))
-    norm = plt.Normalize(low, top)
+    figure, ax = plt.subplots(figsize=(max(8, 0.21 * width), 0.72 * len(rows) + 1.0))
+    norm, said = plt.Normalize(low, top), [SAID]
+    said += ["| opens a segment"] * any(row.starts for row in rows)
+    said += ["frame: first wrong token"] * any(row.wrong is not None for row in rows)
+    said += ["hatched: negative"] * any(number < -0.02 * top for row in rows for number in row.numbers)
     for y, row in enumerate(rows):
         for t, (piece, number) in enumerate(zip(row.pieces, row.numbers)):
             colour = shades(norm(number))
             edge = "black" if t == row.wrong else "lightgrey"
-            box = plt.Rectangle((t, y), 1, 0.62, facecolor=colour, edgecolor=edge,
+            box = plt.Rectangle((t, y), 1, 0.55, facecolor=colour, edgecolor=edge,
                                 linewidth=2 if t == row.wrong else 0.4,
                                 zorder=3 if t == row.wrong else 1)  # fmt: skip
             ax.add_patch(box)
+            if number < -0.02 * top:
+                ax.add_patch(plt.Rectangle((t, y), 1, 0.55, fill=False, hatch="////", linewidth=0,
+                                           edgecolor="darkgrey", zorder=2))  # fmt: skip
             dark = sum(colour[:3]) < 1.4
-            ax.text(t + 0.5, y + 0.33, piece, ha="center", va="center", family="DejaVu Sans Mono",
+            ax.text(t + 0.5, y + 0.29, piece, ha="center", va="center", family="DejaVu Sans Mono",
                     color="white" if dark else "black", zorder=4)  # fmt: skip
         for t in row.starts:
-            ax.plot([t, t], [y - 0.06, y + 0.68], color="black", linewidth=1.6, zorder=5)
-        ax.text(0, y - 0.09, row.title, fontsize=9)
-    ax.set(xlim=(-0.2, width + 0.2), ylim=(len(rows) - 0.2, -0.4))
+            ax.plot([t, t], [y - 0.03, y + 0.6], color="black", linewidth=1.6, zorder=5)
+        ax.text(0, y - 0.12, row.title, fontsize=9)
+    ax.text(0, len(rows) - 0.05, "   ".join(said), fontsize=9, color="dimgrey")
+    ax.set(xlim=(-0.2, width + 0.2), ylim=(len(rows) + 0.05, -0.4))
     ax.axis("off")
     bar = figure.colorbar(plt.cm.ScalarMappable(norm, shades), ax=ax, shrink=0.8, pad=0.01)
     bar.set_label(legend)
@@ -255,7 +302,8 @@ def draw_answers(rows: list[Row], legend: str, top: float = 1.0, shades=SHADES, 
 
 
 def draw_tree(tree, root: int, values: list[float], advantages: list[float], tokenizer) -> None:
-    """One problem's tree: a box a node, with its text and value, coloured by its advantage."""
+    """One problem's tree: a box a node, with its text and value, coloured by its advantage, and
+    hatched if that is negative."""
     children = {}
     for node, parent in enumerate(tree.parents):
         children.setdefault(parent, []).append(node)
@@ -279,9 +327,13 @@ def draw_tree(tree, root: int, values: list[float], advantages: list[float], tok
         for child in children.get(node, []):
             ax.plot([x + 1, x + 1.35], [y, place[child]], color="grey", linewidth=1, zorder=1)
         colour = SHADES(norm(advantages[node]))
-        ax.add_patch(plt.Rectangle((x, y - 0.4), 1, 0.8, facecolor=colour, edgecolor="grey"))
+        hatch = "////" if advantages[node] < 0 else None
+        ax.add_patch(plt.Rectangle((x, y - 0.4), 1, 0.8, facecolor=colour, edgecolor="darkgrey",
+                                   hatch=hatch))  # fmt: skip
         ax.text(x + 0.5, y, text, ha="center", va="center", fontsize=8, family="DejaVu Sans Mono",
                 color="white" if sum(colour[:3]) < 1.4 else "black")  # fmt: skip
-    ax.set(xlim=(-0.05, levels * 1.35 + 1.05), ylim=(leaves - 0.5, -0.6))
+    said = f"V value   A advantage   {SAID}   hatched: negative advantage"
+    ax.text(0, leaves - 0.15, said, fontsize=9, color="dimgrey")
+    ax.set(xlim=(-0.05, levels * 1.35 + 1.05), ylim=(leaves - 0.1, -0.6))
     ax.axis("off")
     plt.show()
