@@ -127,6 +127,20 @@ class TestKept:
                 for function in functions:
                     assert inspect.getsource(function).rstrip() in shown, function.__name__
 
+    def test_sources_that_the_assignment_asks_for_are_folded(self, path, helpers):
+        modules = {m.__name__: m for m in (common, spo, mpo, reset_po, resets_theory, tiny_policy)}
+        for cell in code_cells(read(path)):
+            if text_of(cell).lstrip().startswith("source("):
+                call = ast.parse(text_of(cell)).body[0].value
+                functions = [eval(ast.unparse(arg), modules) for arg in call.args]
+                shown = "".join(cell["outputs"][0]["data"]["text/markdown"])
+                assert shown == helpers.source_text(*functions)
+                asked_for = any(function.__name__ in helpers.ASSIGNED for function in functions)
+                assert shown.startswith("<details>") == asked_for
+
+    def test_words_are_explained_in_one_place(self, path):
+        assert "[glossary](README.md#words)" in prose(read(path))
+
     def test_lines_of_code_fit(self, path):
         code = [text_of(cell) for cell in code_cells(read(path))] + solutions(read(path))
         assert max(len(line) for text in code for line in text.splitlines()) <= 100
@@ -213,6 +227,29 @@ def helpers():
     import helpers
 
     return helpers
+
+
+def test_what_the_assignment_asks_for(helpers):
+    """Its stubs, as long as it is there."""
+    stubs = ROOT / "tutorials" / "assignment" / "student.py"
+    if not stubs.exists():
+        pytest.skip("no assignment in this copy")
+    tree = ast.parse(stubs.read_text(encoding="utf-8"))
+    assert helpers.ASSIGNED == {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+
+
+def test_the_glossary_has_the_words():
+    text = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    words = text[text.index("## Words") :].split("\n## ")[0]
+    for word in ("rollout", "advantage", "value", "temperature", "warm start", "cutpoint", "localiser",
+                 "seed", "step, round, update", "baseline", "critic"):  # fmt: skip
+        assert re.search(rf"^\| {word}", words, re.MULTILINE), word
+
+
+def test_lines_can_be_told_apart_in_grey(helpers):
+    styles = [helpers.style(i) for i in range(6)]
+    assert len({style["marker"] for style in styles}) == 6
+    assert len({str(style["linestyle"]) for style in styles}) == 6
 
 
 def test_check_tells_right_from_wrong_from_unwritten(helpers, capsys):
