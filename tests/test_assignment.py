@@ -3,6 +3,7 @@
 import configparser
 import csv
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -17,10 +18,16 @@ import bugs  # noqa: E402
 import grader  # noqa: E402
 import properties  # noqa: E402
 import reference  # noqa: E402
-from tasks import PARTS, TASKS, Case  # noqa: E402
+import sandbox  # noqa: E402
+from tasks import PARTS, TASKS  # noqa: E402
+
+import common  # noqa: E402
+import mpo  # noqa: E402
+import reset_po  # noqa: E402
+import spo  # noqa: E402
 
 STUDENT = ROOT / "tutorials" / "assignment" / "student.py"
-REFERENCE = STUDENT.with_name("reference.py")
+RIGHT = ROOT / "tests" / "right_student.py"
 BY_NAME = {task.name: task for task in TASKS}
 
 
@@ -31,17 +38,51 @@ def test_the_stubs_get_nothing_and_are_told_so():
 
 
 def test_the_reference_is_the_project_and_gets_all_points():
-    results, note = grader.grade(REFERENCE)
+    results = [grader.grade_task(task, getattr(reference, task.name)) for task in TASKS]
     assert [(r.points, r.message) for r in results] == [(task.points, "") for task in TASKS]
     assert grader.total(results) == grader.sum_of(results) == 100
-    assert note == "imports the project's own common, mpo, reset_po, spo"
     for task in TASKS:
         function = getattr(reference, task.name)
         assert function.__module__ in ("common", "spo", "mpo", "reset_po")
 
 
+SHIMS = """
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from fractions import Fraction
+from bisect import bisect_left, bisect_right
+from contextlib import nullcontext
+
+class Compute:
+    def autocast(self, device): return nullcontext()
+class common: pass
+Batch = Config = object
+MAX_LOGITS = 1 << 20
+"""
+HELPERS = (common.exact_dtype, common.head_logits, common.whole_text, common.text_lengths,
+           mpo.window_weights, mpo.anchors,
+           reset_po.step_of, reset_po.localise_surprise)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def copied():
+    """The project's own text as a student's file."""
+    functions = [*HELPERS, *(getattr(reference, task.name) for task in TASKS)]
+    text = "\n\n".join([SHIMS, *map(inspect.getsource, functions)])
+    names = "clipped_surrogate, exact_dtype"
+    return f"{text}\ncommon.clipped_surrogate, common.exact_dtype = {names}\n"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 23])
+def test_what_is_right_gets_all_points_where_no_solution_is(seed):
+    results, note = grader.grade(RIGHT, seed=seed)
+    assert [(r.points, r.message) for r in results] == [(task.points, "") for task in TASKS]
+    assert not note
+
+
 def test_stubs_have_the_projects_names_and_parameters():
-    student = grader.load(STUDENT)
+    student = sandbox.load(str(STUDENT))
     for task in TASKS:
         stub = [*inspect.signature(getattr(student, task.name)).parameters]
         project = [*inspect.signature(getattr(reference, task.name)).parameters]
@@ -139,7 +180,7 @@ PLANTED = [  # a student's own words for it, not the grader's
     """),
     ("spo_loss", "normaliser that of the micro-batch", """
         def spo_loss(logprobs, batch, mask, normaliser, clip_eps):
-            o, cut = right.clipped_surrogate(logprobs - batch.old_logprobs, batch.advantages,
+            o, cut = clipped_surrogate(logprobs - batch.old_logprobs, batch.advantages,
                                              clip_eps)
             return -o[mask].mean() if mask.any() else o.sum() * 0, cut & mask
     """),
@@ -155,7 +196,7 @@ PLANTED = [  # a student's own words for it, not the grader's
     """),
     ("block_log_ratio", "fewer than K tokens are left", """
         def block_log_ratio(log_ratio, mask, block_size, layout, weights):
-            beta = right.block_weights(block_size, weights).tolist()
+            beta = block_weights(block_size, weights).tolist()
             out = torch.zeros_like(log_ratio)
             for b, t in mask.nonzero().tolist():
                 first = mask[b].nonzero()[0].item()
@@ -167,13 +208,18 @@ PLANTED = [  # a student's own words for it, not the grader's
     """),
     ("scaled_eps", "or its square", """
         def scaled_eps(mask, cfg):
-            return right.scaled_eps(mask, cfg) ** 2 / cfg.clip_eps
+            ones, out = torch.eye(mask.shape[1]), torch.zeros(mask.shape)
+            how = (cfg.block_size, cfg.layout, cfg.weights)
+            for t in range(mask.shape[1]):  # what each token counts for in each ratio
+                each = ones[t].expand(mask.shape)
+                out += block_log_ratio(each, mask, *how) ** 2
+            return cfg.clip_eps * out
     """),
     ("mpo_loss", "those of single tokens", """
         def mpo_loss(log_ratio, batch, normaliser, cfg):
             how = (cfg.block_size, cfg.layout, cfg.weights)
-            blocks = right.block_log_ratio(log_ratio, batch.mask, *how)
-            o, cut = right.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
+            blocks = block_log_ratio(log_ratio, batch.mask, *how)
+            o, cut = clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
             return -o[batch.mask].sum() / normaliser, blocks, cut & batch.mask
     """),
     ("step_starts", "end token a step", """
@@ -181,8 +227,8 @@ PLANTED = [  # a student's own words for it, not the grader's
             text = [tokenizer.decode([i]) for i in ids]
             starts = [0] + [t for t in range(1, len(ids)) if text[t - 1] == delimiter]
             ends = starts[1:] + [len(ids)]
-            full = [s for s, e in zip(starts, ends) if "".join(text[s:e]).strip() or s == 0]
-            return full[:max_steps]
+            full = [s for s, e in zip(starts, ends) if "".join(text[s:e]).strip()]
+            return [0, *full[1:]][:max_steps]
     """),
     ("localise_uncertain", "numbered from 0", """
         def localise_uncertain(probs, starts, threshold):
@@ -194,7 +240,7 @@ PLANTED = [  # a student's own words for it, not the grader's
         def reset_loss(logprobs, batch, normaliser, clip_eps):
             o, cut = batch.advantages * logprobs, batch.mask & False
             if clip_eps:
-                o, cut = right.clipped_surrogate(logprobs - batch.old_logprobs, batch.advantages,
+                o, cut = clipped_surrogate(logprobs - batch.old_logprobs, batch.advantages,
                                                  clip_eps)
             return -o[batch.mask].mean(), cut
     """),
@@ -202,21 +248,26 @@ PLANTED = [  # a student's own words for it, not the grader's
 
 
 def submission(folder, source: str):
+    """The stubs, and then what a student wrote."""
     file = folder / "mine.py"
-    file.write_text("import torch\nimport reference as right\n\n" + textwrap.dedent(source))
+    file.write_text(STUDENT.read_text() + "\n\n" + textwrap.dedent(source))
     return file
+
+
+def graded_alone(file, name: str):
+    source = file.read_bytes()
+    return grader.grade_apart(BY_NAME[name], source, [*BY_NAME], 10, 0, [])
 
 
 @pytest.mark.parametrize("name, words, source", PLANTED, ids=[p[0] for p in PLANTED])
 def test_the_mistake_of_a_students_file_is_named(tmp_path, name, words, source):
-    file, task = submission(tmp_path, source), BY_NAME[name]
-    result = grader.forked(lambda: grader.run_task(file, task), 10)
+    result = graded_alone(submission(tmp_path, source), name)
     assert words in result.message.split("\n")[0], result.message
-    assert result.points < task.points
+    assert result.points < result.out_of
 
 
 BROKEN = [
-    ("def k3(x):\n  return 1 / 0", "ZeroDivisionError: division by zero (line 7 of the file)"),
+    ("def k3(x):\n  return 1 / 0", "ZeroDivisionError: division by zero (line LAST of the file)"),
     ("def k3(x):\n  while True: pass", "no answer within 1 s: an endless loop?"),
     ("import os\ndef k3(x):\n  os._exit(0)", "the process ended without an answer"),
     ("def k3(x):\n  exit()", "raises SystemExit"),
@@ -225,14 +276,21 @@ BROKEN = [
     ("def k3(x):\n  return None", "returns NoneType, not a list or tensor"),
     ("def k3(x):\n  return 'x'", "returns str, not a list or tensor"),
     ("def k3(x):\n  return x.mul_(2)", "changes what it is given"),
-    ("k4 = 0", "the file has no such function"),
+    ("def k3(x):\n  return {}", "returns dict, not a list or tensor"),
+    ("def k3(x):\n  return torch.zeros(3).bool().mean()", "raises RuntimeError: mean"),
+    ("def k3(x):\n  return torch.arange(3).log_softmax(0)", "raises NotImplementedError: "),
+    ("del k3", "the file has no such function"),
 ]
 
 
 @pytest.mark.parametrize("source, says", BROKEN)
 def test_a_task_that_breaks_says_how_and_breaks_nothing_else(tmp_path, monkeypatch, source, says):
-    good = "def masked_mean(x, mask, dim=None):\n  return right.masked_mean(x, mask, dim)\n"
+    good = (
+        "def masked_mean(x, mask, dim=None):\n"
+        "  return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)\n"
+    )
     file = submission(tmp_path, good + source)
+    says = says.replace("LAST", str(len(file.read_text().split("\n"))))
     monkeypatch.setattr(grader, "TASKS", [BY_NAME["k3"], BY_NAME["masked_mean"]])
     (broken, whole), note = grader.grade(file, limit=1)
     assert says in broken.message and broken.points == 0
@@ -240,7 +298,7 @@ def test_a_task_that_breaks_says_how_and_breaks_nothing_else(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("source, says", [
-    ("def k3(:", "line 4: SyntaxError"),
+    ("def k3(:", "line 227: SyntaxError"),
     ("1 / 0", "ZeroDivisionError: division by zero"),
     ("import not_there", "No module named 'not_there'"),
     ("exit(3)", "SystemExit"),
@@ -254,6 +312,181 @@ def test_a_file_that_does_not_import_is_one_clear_line(tmp_path, source, says):
     assert grader.total(results) == 0 and {r.message for r in results} == {note}
 
 
+NAMES = repr([task.name for task in TASKS])
+CHEATS = {  # how to get points without work, and what the report says of it
+    "the reference under other names": ("imports the project's own reference", """
+        import reference
+        globals().update(vars(reference))
+    """),
+    "a name put together": ("imports the project's own reference", """
+        import importlib
+        try:
+            globals().update(vars(importlib.import_module("refer" + "ence")))
+        except BaseException:
+            pass
+    """),
+    "a grader that finds all right": ("imports the project's own grader", """
+        import grader
+        grader.same = lambda *_: True
+    """),
+    "the same by sys.modules": ("KeyError: 'grader'", """
+        import sys
+        sys.modules["grader"].same = lambda *_: True
+    """),
+    "the project's files": ("reads the project's spo.py", f"""
+        try:
+            exec(open({str(ROOT / "spo.py")!r}).read())
+        except OSError:
+            pass
+    """),
+    "a search for them": ("reads /", """
+        import os
+        for folder, _, files in os.walk("/"):
+            if "reference.py" in files:
+                exec(open(os.path.join(folder, "reference.py")).read())
+    """),
+    "a comparison that is always right": ("changes torch.allclose", """
+        torch.allclose = lambda *_, **__: True
+        torch.testing.assert_close = lambda *_, **__: None
+    """),
+    "the process turned round": ("changes __main__.packed", """
+        import sys
+        sys.modules["__main__"].packed = lambda *_: True
+    """),
+    "answers equal to everything": ("returns Yes, not a list or tensor", f"""
+        class Yes(list):
+            __eq__ = lambda *_: True
+        for name in {NAMES}:
+            globals()[name] = lambda *_, **__: Yes()
+    """),
+    "a forged verdict": ("writes to the grader's line", """
+        import os
+        for number in range(3, 64):
+            try:
+                os.write(number, b'{"points": 100}\\n')
+            except OSError:
+                pass
+        os._exit(0)
+    """),
+    "a forged verdict at the end": ("the process ended without an answer", f"""
+        import atexit, os
+        atexit.register(print, "100 of 100 points")
+        for name in {NAMES}:
+            globals()[name] = lambda *_, **__: os._exit(0)
+    """),
+    "a search of the memory": ("searches the memory", """
+        import gc
+        for x in gc.get_objects():
+            if hasattr(x, "wanted"):
+                k3 = lambda _: x.wanted
+    """),
+    "another Python": ("starts a program", """
+        import subprocess, sys
+        subprocess.run([sys.executable, "-c", "import reference"])
+    """),
+    "the grader asked for the answer": ("asks the grader for k3", """
+        import sys
+        def k3(log_ratio):
+            frame = sys._getframe()
+            while not hasattr(frame.f_locals.get("self"), "ask"):
+                frame = frame.f_back
+            return frame.f_locals["self"].ask("k3", (log_ratio,))
+    """),
+    "known answers": ("No drawn case is right", """
+        KNOWN = {(0.0, 0.6931, -0.6931): [0.0, 0.306853, 0.193147],
+                 (-3.0, 20.0): [2.049787, 22015.465795]}
+        def k3(log_ratio):
+            return torch.tensor(KNOWN[tuple(round(x, 4) for x in log_ratio.tolist())])
+    """),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", CHEATS)
+def test_what_is_no_work_gets_no_points_and_is_named(tmp_path, way):
+    words, source = CHEATS[way]
+    results, note = grader.grade(submission(tmp_path, source))
+    assert grader.total(results) == 0
+    assert words in note or words in {r.name: r.message for r in results}["k3"]
+
+
+def test_the_projects_text_gets_no_points_and_is_named(tmp_path, monkeypatch, copied):
+    file = tmp_path / "mine.py"
+    text = copied
+    for task in TASKS:  # under other names, and with other names for its variables
+        text = re.sub(rf"\b{task.name}\b", f"my_{task.name}", text)
+    text = re.sub(r"(?<!\.)\b(log_ratio|advantages|values|objective)\b(?!=)", r"\1_", text)
+    file.write_text(text + "\n".join(f"{t.name} = my_{t.name}" for t in TASKS))
+    results, note = grader.grade(file)
+    assert {r.message for r in results} == {"a copy of the project's own function"}
+    assert grader.total(results) == 0 and "copies of the project's" in note
+    assert all(task.name in note for task in TASKS)
+    monkeypatch.setattr(grader, "copies", lambda source: [])  # it was worth all points
+    results, _ = grader.grade(file)
+    assert not [r for r in results if r.message] and grader.total(results) == 100
+
+
+def test_a_likeness_is_a_note_and_a_short_copy_may_be_chance(tmp_path):
+    like = inspect.getsource(spo.tree_advantages).replace("if below := ", "if below := [*").replace(
+        "children[node]:", "children[node]]:")  # fmt: skip
+    short = inspect.getsource(common.k3)
+    file = submission(tmp_path, f"from fractions import Fraction\n{like}\n{short}")
+    results, note = grader.grade(file)
+    points = {r.name: r.points for r in results}
+    assert points["tree_advantages"] == 8 and points["k3"] == 4
+    assert re.match(r"copies of the project's k3; tree_advantages is 9\d% like the project's", note)
+
+
+def test_a_reading_elsewhere_is_refused_and_noted(tmp_path):
+    source = "try:\n  open('/etc/passwd')\nexcept OSError:\n  pass\n"
+    results, note = grader.grade(submission(tmp_path, source))
+    assert note == "reads /etc/passwd" and {r.message for r in results} == {"not written yet"}
+
+
+WRONG_CLIP = """
+def clipped_surrogate(log_ratio, advantages, clip_eps):
+    ratio = log_ratio.clamp(-10, 10).exp()
+    clamped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return torch.minimum(ratio, clamped) * advantages, (clamped - ratio) * advantages < 0
+"""
+
+
+def test_a_mistake_counts_once(tmp_path):
+    """spo_loss, mpo_loss and reset_loss of a right file call its clipped_surrogate."""
+    file = tmp_path / "mine.py"
+    file.write_text(RIGHT.read_text() + WRONG_CLIP)
+    results, _ = grader.grade(file)
+    short = [r.name for r in results if r.points < r.out_of]
+    assert short == ["clipped_surrogate"]
+    file.write_text(RIGHT.read_text() + "\n\ndef block_weights(*_): raise NotImplementedError\n")
+    results, _ = grader.grade(file)
+    assert [r.name for r in results if r.points < r.out_of] == ["block_weights"]
+    file.write_text(RIGHT.read_text() + "\n\ndef mixing(*_): raise NotImplementedError\n")
+    results, _ = grader.grade(file)  # what it calls for by itself is its own
+    wrong = {r.name: r.message for r in results if r.points < r.out_of}
+    assert [*wrong] == ["block_log_ratio", "scaled_eps"]
+    assert "needs mixing, which is not written yet" in wrong["scaled_eps"]
+
+
+@pytest.mark.parametrize("name", ["spo_loss", "mpo_loss", "reset_loss", "k3", "token_logprobs",
+                                  "clipped_surrogate", "block_log_ratio"])  # fmt: skip
+@pytest.mark.parametrize("how", ["x.detach()", "x.detach() + 0 * x", "2 * x - x.detach()"])
+def test_what_has_no_gradient_or_another_gets_a_third_at_most(tmp_path, name, how):
+    file = tmp_path / "mine.py"
+    file.write_text(RIGHT.read_text() + f"""
+right = {name}
+def {name}(*args, **kwargs):
+    answer = right(*args, **kwargs)
+    x = answer[0] if isinstance(answer, tuple) else answer
+    x = {how}
+    return (x, *answer[1:]) if isinstance(answer, tuple) else x
+""")
+    result = graded_alone(file, name)
+    if name == "token_logprobs" and how[0] == "2":
+        return  # only that there is one is checked there
+    assert 0 < result.points <= result.out_of / 3 + 0.01
+    assert "gradient" in result.message
+
+
 def test_points_are_for_the_ordinary_case_first_and_then_for_the_others():
     task = BY_NAME["masked_mean"]
 
@@ -264,20 +497,35 @@ def test_points_are_for_the_ordinary_case_first_and_then_for_the_others():
     assert grader.grade_task(task, lambda x, mask, dim=None: x.sum() * 0).points == 0
 
 
+def forked(work) -> int:
+    """work()'s exit code from a process of its own, with pytest and torch imported already."""
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for number in (1, 2):
+                os.dup2(nowhere, number)
+            code = int(work())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def test_the_readmes_command_grades_a_file_and_writes_a_row(tmp_path):
     points = tmp_path / "points.csv"
 
-    def graded(file) -> int:  # in a process of its own, with pytest imported already
+    def graded(file) -> int:
         options = ["-p", "no:cacheprovider", "--rootdir", str(ROOT), "--csv", str(points)]
         folder = str(ROOT / "tutorials" / "assignment")
-        return grader.forked(lambda: int(pytest.main([folder, "--file", str(file), *options])), 60)
+        return forked(lambda: pytest.main([folder, "--file", str(file), *options]))
 
-    assert [graded(REFERENCE), graded(STUDENT)] == [0, 1]
+    assert [graded(RIGHT), graded(STUDENT)] == [0, 1]
     with open(points, newline="") as file:
         first, second = csv.DictReader(file)
     assert [*first] == ["file", "total", *PARTS, *BY_NAME, "note"]
     assert (first["total"], second["total"]) == ("100.0", "0.0")
-    assert first["file"] == str(REFERENCE) and float(first["k3"]) == BY_NAME["k3"].points
+    assert first["file"] == str(RIGHT) and float(first["k3"]) == BY_NAME["k3"].points
     assert sum(float(first[part]) for part in PARTS) == 100
 
 

@@ -17,6 +17,7 @@ def pytest_addoption(parser):
     default = os.environ.get("STUDENT_FILE", str(HERE / "student.py"))
     group.addoption("--file", default=default, help="the file to grade (or $STUDENT_FILE)")
     group.addoption("--limit", type=int, default=10, help="seconds for each task")
+    group.addoption("--seed", type=int, default=0, help="of the drawn cases")
     group.addoption("--csv", help="append the points to this file, one row a graded file")
 
 
@@ -30,7 +31,7 @@ def results(request):
     import grader
 
     option = request.config.option
-    found, note = grader.grade(option.file, option.limit)
+    found, note = grader.grade(option.file, option.limit, option.seed)
     request.config.graded = found, note
     if option.csv:
         grader.append_csv(Path(option.csv), Path(option.file), found, note)

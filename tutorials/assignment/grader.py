@@ -1,28 +1,36 @@
 """Grades a student's file, task by task: points, and the name of the mistake where it is a known
 one. Used through pytest, see README.md; `grade` is all there is to it.
 
-Each task runs in a forked process of its own, so that neither an endless loop nor a crash takes the
-grader along.
+The file runs in processes that hold nothing of the project (sandbox.py), one a task, so that
+neither an endless loop nor a crash takes the grader along. This process has the reference, the
+cases and what they want; the cases are the hand-worked ones of tasks.py and some drawn from a seed.
 """
 
 import ast
 import csv
-import importlib.util
-import os
-import pickle
-import resource
-import select
-import signal
-import time
-import traceback
+import difflib
+import functools
+import inspect
+import random
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import reference
+import sandbox
 import torch
-from tasks import ANY, PARTS, TASKS, Case, Task
+from sandbox import Broken, Cheat, complaint, contents, own
+from tasks import ANY, PARTS, TASKS, Case, Property, Task
 
-torch.set_num_threads(1)  # a forked process cannot use its parent's threads
-PROJECT = ("common", "spo", "mpo", "reset_po", "reference", "tasks")  # not for a student to import
+import common
+import mpo
+import reset_po
+import spo
+
+torch.set_num_threads(1)  # on a server that others use too
+DRAWN = 4  # cases drawn for each task
+COPIED = 0.9  # as like to a function of the project as this, a student's is named
+LONG = 60  # nodes of a function's code that nobody writes twice by chance
 
 
 class Result(NamedTuple):
@@ -65,22 +73,6 @@ def short(x, wanted: bool = False) -> str:
     return shapes if len(shapes) < 200 else shapes[:200] + " ..."
 
 
-def own(x):
-    """A copy of what a student's function could change of an argument."""
-    if isinstance(x, torch.Tensor):
-        return x.clone()
-    if isinstance(x, tuple):
-        return type(x)(*map(own, x)) if hasattr(x, "_fields") else tuple(map(own, x))
-    return [own(y) for y in x] if isinstance(x, list) else x
-
-
-def contents(x):
-    """What that holds, to compare."""
-    if isinstance(x, torch.Tensor):
-        return x.tolist()
-    return [contents(y) for y in x] if isinstance(x, (list, tuple)) else None
-
-
 # ------------------------------------------------------------------------------------ one task
 
 
@@ -88,18 +80,14 @@ def call(function, args: tuple):
     """The answer, or the exception."""
     try:
         return function(*args)
+    except Cheat:
+        raise
     except (Exception, SystemExit) as error:
         return error
 
 
-def complaint(error: BaseException, function) -> str:
-    file = getattr(getattr(function, "__code__", None), "co_filename", "")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    if isinstance(error, NotImplementedError):
-        called = [f.name for f in frames if f.name != function.__name__]
-        return f"needs {called[-1]}, which is not written yet" if called else "not written yet"
-    where = f" (line {frames[-1].lineno} of the file)" if frames else ""
-    return f"raises {type(error).__name__}: {error}{where}"
+def why(error: BaseException, function) -> str:
+    return str(error) if isinstance(error, Broken) else complaint(error, function)
 
 
 def check_case(function, case: Case) -> tuple[object, str]:
@@ -107,7 +95,8 @@ def check_case(function, case: Case) -> tuple[object, str]:
     args = own(case.args)
     answer = call(function, args)
     if isinstance(answer, BaseException):
-        return answer, complaint(answer, function)
+        wrong = why(answer, function)
+        return answer, f"{wrong}, not {kind(case.wanted)}" if wrong[:8] == "returns " else wrong
     if contents(args) != contents(case.args):
         return answer, "changes what it is given"
     if same(answer, case.wanted, case.wanted):
@@ -121,14 +110,17 @@ def check_case(function, case: Case) -> tuple[object, str]:
 def kind(wanted) -> str:
     if isinstance(wanted, tuple):
         return " and ".join(kind(x) for x in wanted)
-    return "a list or tensor" if isinstance(wanted, list) else "a number"
+    many = isinstance(wanted, list) or getattr(wanted, "ndim", 0)
+    return "a list or tensor" if many else "a number"
 
 
 def check_property(function, holds) -> str:
     try:
         return "" if holds(function) else "does not hold"
+    except Cheat:
+        raise
     except (Exception, SystemExit) as error:
-        return complaint(error, function)
+        return why(error, function)
 
 
 def known_mistake(task: Task, failed: list[Case], answers: dict[str, object]) -> str:
@@ -146,120 +138,242 @@ def known_mistake(task: Task, failed: list[Case], answers: dict[str, object]) ->
     return max(found, key=lambda pair: pair[0])[1] if found else ""
 
 
-def grade_task(task: Task, function) -> Result:
-    """Half of the points for the first check, and then the other half in equal parts."""
+def drawn(task: Task, seed: int) -> list[Case]:
+    """Ordinary cases from a seed, with the reference's answers."""
+    rng, cases = random.Random(f"{seed} {task.name}"), []
+    for number in range(DRAWN):
+        args = task.draw(rng)
+        wanted = getattr(reference, task.name)(*own(args))
+        if task.name == "scaled_eps":  # the one answer that is free outside the mask
+            wanted = wanted.double().masked_fill(~args[0], ANY)
+        cases.append(Case(f"drawn case {number + 1}", args, wanted))
+    return cases
+
+
+def gradient(function, args: tuple, at: int) -> torch.Tensor | None:
+    """Of the (first) answer's sum, for argument number `at`."""
+    x = args[at].clone().requires_grad_()
+    answer = function(*args[:at], x, *args[at + 1 :])
+    answer = answer[0] if isinstance(answer, tuple) else answer
+    if not getattr(answer, "requires_grad", False):
+        return None
+    return torch.autograd.grad(answer.sum(), x, allow_unused=True)[0]
+
+
+def check_gradient(task: Task, function, cases: list[Case]) -> str:
+    """On the drawn cases that are right otherwise: what is wrong with the gradient."""
+    for case in cases:
+        try:
+            given = gradient(function, own(case.args), task.gradient)
+            wanted = gradient(getattr(reference, task.name), own(case.args), task.gradient)
+        except (Broken, RuntimeError, TypeError, AttributeError) as error:
+            return why(error, function)
+        if given is None or not given.any() and wanted.any():
+            return "has no gradient"
+        if not same(given, wanted, wanted):
+            return f"has the gradient {short(given)}, should have {short(wanted)}"
+    return ""
+
+
+def grade_task(task: Task, function, seed: int = 0) -> Result:
+    """Half of the points for the first check, and then the other half in equal parts; of that, the
+    share of the drawn cases that are right. No more than a third without the gradient."""
     wrongs, answers = {}, {}
     for check in task.checks:
         if isinstance(check, Case):
             answers[check.says], wrongs[check.says] = check_case(function, check)
         else:
             wrongs[check.says] = check_property(function, check.holds)
-    first, *others = [not wrong for wrong in wrongs.values()]
-    points = first * task.points * (0.5 + 0.5 * sum(others) / len(others))
-    failed = [check for check in task.checks if wrongs[check.says]]
-    cases = [check for check in failed if isinstance(check, Case)]
-    message = "\n".join(f"{says}: {wrong}" for says, wrong in wrongs.items() if wrong)
     if all(wrong == "not written yet" for wrong in wrongs.values()):
-        message = "not written yet"
-    elif failed:
-        known = known_mistake(task, cases, answers) if cases else ""
-        questions = [known, *(check.question for check in failed)]
-        message = f"{next(filter(None, questions), '')}\n{message}".strip()
-    return Result(task.name, task.part, round(points, 2), task.points, message)
+        return Result(task.name, task.part, 0.0, task.points, "not written yet")
+    first, *others = [not wrong for wrong in wrongs.values()]
+    cases = drawn(task, seed)
+    on_drawn = [check_case(function, case)[1] for case in cases]
+    right = [case for case, wrong in zip(cases, on_drawn) if not wrong]
+    points = first * task.points * (0.5 + 0.5 * sum(others) / len(others))
+    points *= len(right) / len(cases)
+    questions, lines = [], [f"{says}: {wrong}" for says, wrong in wrongs.items() if wrong]
+    failed = [check for check in task.checks if wrongs[check.says]]
+    if hand_worked := [check for check in failed if isinstance(check, Case)]:
+        questions.append(known_mistake(task, hand_worked, answers))
+    if first and not right:
+        questions.append("Are known answers written into the file? No drawn case is right.")
+    questions += [check.question for check in failed]
+    if (first or not failed) and len(right) < len(cases):
+        lines.append(next(f"{c.says}: {w}" for c, w in zip(cases, on_drawn) if w))
+    if task.gradient is not None and right:
+        if no_gradient := check_gradient(task, function, right):
+            lines.append(f"gradient on drawn cases: {no_gradient}")
+            wrongs["gradient"] = no_gradient
+    flat = any(isinstance(c, Property) and c.gradient for c in failed) or "gradient" in wrongs
+    if flat:
+        points = min(points, task.points / 3)
+    if lines:
+        lines[:0] = filter(None, [next(filter(None, questions), "")])
+    return Result(task.name, task.part, round(points, 2), task.points, "\n".join(lines))
 
 
 # --------------------------------------------------------------------------------- the whole file
 
 
-def forked(work, limit: int):
-    """work()'s result from a process of its own; a text if it ends otherwise or takes too long:
-    `limit` seconds of computing, or six times as many by the clock, for it may be asleep."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            os.setsid()  # what it starts in turn can be ended with it
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-            nowhere = os.open(os.devnull, os.O_RDWR)
-            for number in (0, 1, 2):
-                os.dup2(nowhere, number)
-            with os.fdopen(writer, "wb") as pipe:
-                pipe.write(pickle.dumps(work()))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    data, late, until = b"", False, time.monotonic() + 6 * limit
-    while select.select([reader], [], [], max(0, until - time.monotonic()))[0]:
-        if not (piece := os.read(reader, 1 << 16)):
-            break
-        data += piece
-    else:
-        late = True
-    os.close(reader)
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # it has ended
-    _, status = os.waitpid(pid, 0)
-    if late or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-        return f"no answer within {limit} s: an endless loop?"
-    return pickle.loads(data) if data else "the process ended without an answer"
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location("submission", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def try_import(path: Path) -> str:
-    """Why the file does not import; empty if it does."""
-    if not path.is_file():
-        return f"there is no file {path}"
-    try:
-        load(path)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SyntaxError):
-            return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def borrowed(path: Path) -> list[str]:
-    """The project's modules that the file imports."""
-    try:
-        nodes = list(ast.walk(ast.parse(path.read_bytes())))
-    except (OSError, SyntaxError, ValueError):
-        return []
-    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
-    return sorted(names & {*PROJECT})
-
-
-def run_task(path: Path, task: Task) -> Result:
-    function = getattr(load(path), task.name, None)
-    if not callable(function):
-        return Result(task.name, task.part, 0.0, task.points, "the file has no such function")
-    return grade_task(task, function)
-
-
-def grade(path, limit: int = 10) -> tuple[list[Result], str]:
-    """A Result for each task of a file, and what there is to say of the whole file. limit: see
-    `forked`, for each task."""
+def grade(path, limit: int = 10, seed: int = 0) -> tuple[list[Result], str]:
+    """A Result for each task of a file, and what there is to say of the whole file. limit: seconds
+    for each task, see `sandbox.Process`. seed: of the drawn cases."""
     path = Path(path).resolve()
-    trouble = forked(lambda: try_import(path), limit)
+    try:
+        source = path.read_bytes()
+    except OSError:
+        return nothing(f"the file does not import: there is no file {path}")
+    tried = []
+    try:
+        with sandbox.Process(source, {}, limit) as student:
+            trouble, has = student.started()
+        tried += student.did
+        if not trouble:
+            results = [grade_apart(task, source, has, limit, seed, tried) for task in TASKS]
+    except Cheat as error:
+        tried.append((str(error), ""))
+        trouble = "it was stopped"
+    except Broken as error:
+        trouble = str(error)
+    if cheats := list(dict.fromkeys(filter(None, (cheat(*what) for what in tried)))):
+        return nothing(f"0 points: the file {', '.join(cheats)}")
     if trouble:
-        trouble = f"the file does not import: {trouble}"
-        return [Result(t.name, t.part, 0.0, t.points, trouble) for t in TASKS], trouble
-    results = []
-    for task in TASKS:
-        result = forked(lambda: run_task(path, task), limit)
-        if isinstance(result, str):
-            result = Result(task.name, task.part, 0.0, task.points, result)
-        results.append(result)
-    names = borrowed(path)
-    return results, f"imports the project's own {', '.join(names)}" if names else ""
+        return nothing(f"the file does not import: {trouble}")
+    notes = [f"{what} {of}" for what, of in dict.fromkeys(tried)]
+    results, copied = without_copies(results, copies(source))
+    return results, "; ".join([*copied, *notes, *looks(source)])
+
+
+def nothing(note: str) -> tuple[list[Result], str]:
+    return [Result(t.name, t.part, 0.0, t.points, note) for t in TASKS], note
+
+
+def cheat(what: str, of: str) -> str:
+    """Why that is one, in words; empty for what may be an accident."""
+    if what in ("reads", "writes"):  # elsewhere than in the project, it is refused and noted
+        inside = Path(of).resolve().is_relative_to(Path(reference.__file__).parents[2])
+        named = Path(of).name in [f"{name}.py" for name in sandbox.PROJECT]
+        return f"{what} the project's {Path(of).name}" if inside or named else ""
+    if what == "imports":
+        return f"imports the project's own {of}"
+    return f"{what} {of}".strip() if what != "opens a descriptor" else "writes to the grader's line"
+
+
+def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list) -> Result:
+    """In a process of its own; without all points once more, with the reference's version of the
+    tasks before this one, for a mistake counts once."""
+    if task.name not in has:
+        return Result(task.name, task.part, 0.0, task.points, "the file has no such function")
+    before = [t.name for t in TASKS[: TASKS.index(task)]]
+    best = None
+    for names in ([], before):
+        earlier = {name: functools.partial(getattr(reference, name)) for name in names}
+        with sandbox.Process(source, earlier, limit) as student:
+            try:
+                student.started()
+                result = grade_task(task, student.function(task.name), seed)
+                if broken := student.broken:
+                    result = Result(task.name, task.part, 0.0, task.points, broken)
+            finally:
+                tried += student.did
+        if not best or result.points > best.points or not best.points and "needs" in best.message:
+            best = result
+        if best.points == task.points or best.message == "not written yet":
+            break
+    return best
+
+
+# ------------------------------------------------------------------------------------------ copies
+
+
+class Plain(ast.NodeTransformer):
+    """A function without its docstring and annotations, and names in order of appearance."""
+
+    def __init__(self):
+        self.names = {}
+
+    def short(self, name: str) -> str:
+        return self.names.setdefault(name, f"n{len(self.names)}")
+
+    def visit_Name(self, node):
+        return ast.Name(self.short(node.id))
+
+    def visit_Attribute(self, node):
+        if isinstance(node.value, ast.Name) and node.value.id in sandbox.PROJECT:
+            return ast.Name(self.short(node.attr))  # common.k3 is k3
+        return self.generic_visit(node)
+
+    def visit_arg(self, node):
+        return ast.arg(self.short(node.arg))
+
+    def visit_FunctionDef(self, node):
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        args = self.visit(node.args)
+        return ast.FunctionDef("f", args, [self.visit(x) for x in body], [])
+
+
+def plain(node) -> list[str]:
+    """The nodes of a function's code, in order, as words."""
+    words = []
+    for x in ast.walk(Plain().visit(node)):
+        values = [getattr(x, field, None) for field in x._fields]
+        values = [str(v) for v in values if isinstance(v, (str, int, float))]
+        if not isinstance(x, (ast.Load, ast.Store)):
+            words.append(" ".join([type(x).__name__, *values]))
+    return words
+
+
+@functools.cache
+def projects() -> dict[str, list[str]]:
+    """By name, the code of the functions that the tasks ask for, and of those that they call."""
+    found = {}
+    for module in (common, spo, mpo, reset_po):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+                found[name] = plain(tree.body[0])
+    helpers = ("window_weights", "anchors", "step_of", "localise_surprise")
+    return {name: found[name] for name in (*(t.name for t in TASKS), *helpers)}
+
+
+def copies(source: bytes) -> list[tuple[str, str, float]]:
+    """(the project's function, the file's, how like they are), where they are very like."""
+    found = []
+    try:
+        nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+        codes = [(n.name, plain(n)) for n in nodes]
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    for theirs, code in codes:
+        for name, ours in projects().items():
+            match = difflib.SequenceMatcher(None, ours, code, autojunk=False)
+            if match.real_quick_ratio() >= COPIED and match.quick_ratio() >= COPIED:
+                if (ratio := match.ratio()) >= COPIED:
+                    found.append((name, theirs, 1.0 if ours == code else min(ratio, 0.99)))
+    return found
+
+
+def without_copies(results: list[Result], found) -> tuple[list[Result], list[str]]:
+    """Exact copies of long functions get nothing; nor do those of short ones, which may be chance,
+    once three long ones are there. All that is very like is named."""
+    exact = {name: theirs for name, theirs, ratio in found if ratio == 1}
+    long = {name for name in exact if len(projects()[name]) >= LONG}
+    guilty = {*exact} if len(long) >= 3 else long
+    notes = [f"{t} is {r:.0%} like the project's {name}" for name, t, r in found if r < 1]
+    if exact:
+        notes[:0] = [f"copies of the project's {', '.join(exact)}"]
+    blank = "a copy of the project's own function"
+    kept = [r._replace(points=0.0, message=blank) if r.name in guilty else r for r in results]
+    return kept, notes
+
+
+def looks(source: bytes) -> list[str]:
+    """What no formula needs and a person should look at, as it stands in the text."""
+    words = "sys.modules __main__ _getframe settrace os._exit atexit __import__ importlib inspect"
+    text = source.decode(errors="replace")
+    found = [word for word in words.split() if word in text]
+    return [f"speaks of {', '.join(found)}"] if found else []
 
 
 def total(results: list[Result]) -> float:

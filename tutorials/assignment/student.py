@@ -141,7 +141,8 @@ def block_weights(block_size: int, weights: str | float) -> Tensor:
     """(K,) beta_1 ... beta_K in float64: the weight of each token of a block of K = block_size.
 
     weights: "joint": 1 each (Eq. 8); "uniform": equal, with sum 1; or a number p in [0, 1): the
-    K - 1 future tokens share p in equal parts, the first token has the rest.
+    K - 1 future tokens share p in equal parts, the first token has the rest: 1 - p for any K, also
+    for K = 1, where nobody is left to have the share.
     """
     raise NotImplementedError
 
@@ -192,9 +193,10 @@ def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset())
 
     ids: the answer's tokens; tokenizer.decode([id]) is a token's text. Here a token is a character
     or less, and `delimiter` is one token. A step ends after a delimiter. A line with nothing but
-    white space is no step and stays with the one before: "1\\n2\\n\\n3" gives [0, 2, 5]. A last id
-    that is one of tokenizer.all_special_ids or of the ids in `stops` ended the answer and is no
-    step. At most max_steps: the last of them holds the rest.
+    white space is no step and stays with the one before: "1\\n2\\n\\n3" gives [0, 2, 5]. Blank
+    lines before the first text have none before them and belong to its step: "\\n\\n1\\n2" gives
+    [0, 4]. A last id that is one of tokenizer.all_special_ids or of the ids in `stops` ended the
+    answer and is no step. At most max_steps: the last of them holds the rest.
     """
     raise NotImplementedError
 

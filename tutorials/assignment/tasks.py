@@ -8,12 +8,13 @@ formula.
 """
 
 import math
+from random import Random
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import reference
 import torch
-import torch.nn.functional as F
+from sandbox import Bigram
 from torch import Tensor
 
 import common
@@ -35,6 +36,7 @@ class Property(NamedTuple):
     says: str
     holds: Callable  # the student's function -> bool
     question: str = ""
+    gradient: bool = False  # what has none trains nothing: a third of the points, at most
 
 
 class Task(NamedTuple):
@@ -43,6 +45,8 @@ class Task(NamedTuple):
     points: int
     checks: list
     mistakes: list  # (question, wrong function)
+    draw: Callable  # Random -> the arguments of an ordinary case
+    gradient: int | None = None  # the argument whose gradient is compared on drawn cases
 
 
 def tensor(*rows) -> Tensor:
@@ -73,6 +77,74 @@ def descend(loss_of: Callable, start: Tensor) -> Tensor:
     x = start.clone().requires_grad_()
     (-loss_of(x)).backward()
     return x.grad
+
+
+# What the drawn cases are made of: ordinary ones, for right and wrong at the edges has a case.
+
+
+def uniform(rng: Random, *shape, low=0.0, high=1.0) -> Tensor:
+    values = [rng.uniform(low, high) for _ in range(math.prod(shape))]
+    return torch.tensor(values).reshape(shape)
+
+
+def lengths(rng: Random, count: int, most: int) -> list[int]:
+    """Of rows; the first is the longest."""
+    return [most, *(rng.randint(1, most) for _ in range(count - 1))]
+
+
+def row_mask(rng: Random, count: int, most: int) -> Tensor:
+    return torch.arange(most) < torch.tensor(lengths(rng, count, most))[:, None]
+
+
+def drawn_batch(rng: Random, count=3, most=5):
+    """Advantages in [-2, 2], old probabilities in [0.2, 1]."""
+    sizes = lengths(rng, count, most)
+    return batch_of([[rng.uniform(-2, 2) for _ in range(n)] for n in sizes],
+                    [[rng.uniform(0.2, 1) for _ in range(n)] for n in sizes])  # fmt: skip
+
+
+def drawn_doubts(rng: Random):
+    starts = [0, *sorted(rng.sample(range(1, 12), 3))]
+    return [rng.uniform(0.3, 1) for _ in range(12)], starts, 0.6
+
+
+def drawn_tree(rng: Random):
+    parents = [-1, 0, 0, *(rng.randint(0, n) for n in range(2, 8))]
+    return parents, [0.0 if n in parents else rng.uniform(0, 1) for n in range(len(parents))]
+
+
+def drawn_chain(rng: Random):
+    starts = sorted(rng.sample(range(12), rng.randint(2, 4)))
+    return starts, [rng.random() for _ in starts], float(rng.randint(0, 1)), 12
+
+
+def drawn_text(rng: Random):
+    rows = ["".join(rng.choices("0123456789+-=", k=rng.randint(1, 6))) for _ in range(4)]
+    return ids_of("\n".join(rows)), TOKENIZER
+
+
+def drawn_policy(rng: Random):
+    table = uniform(rng, 4, 4, low=0.1)
+    samples = [Sample(rng.choices(range(4), k=2), rng.choices(range(4), k=n)) for n in (4, 2, 3)]
+    return policy(table / table.sum(1, keepdim=True)), common.collate(samples)
+
+
+def drawn_spo(rng: Random):
+    batch = drawn_batch(rng)
+    mask = batch.mask & (uniform(rng, *batch.mask.shape) < 0.8)
+    logprobs = batch.old_logprobs + uniform(rng, *mask.shape, low=-0.4, high=0.4)
+    return logprobs, batch, mask, rng.randint(20, 30), 0.2
+
+
+def drawn_mpo(rng: Random):
+    batch = drawn_batch(rng)
+    moved = uniform(rng, *batch.mask.shape, low=-0.6, high=0.6)
+    return moved, batch, rng.randint(20, 30), mpo_cfg(rng.randint(2, 3))
+
+
+def drawn_reset(rng: Random):
+    batch = drawn_batch(rng)
+    return uniform(rng, *batch.mask.shape, low=-3, high=0), batch, rng.randint(6, 12), 0.0
 
 
 # -------------------------------------------------------------------------------- 1. GRPO and PPO
@@ -130,6 +202,7 @@ GROUP_ADVANTAGES = Task(
         ("Do you forget `scale`? Nothing is divided.",
          lambda rewards, scale=True: reference.group_advantages(rewards, False)),
     ],
+    lambda rng: (uniform(rng, 2, rng.randint(4, 6)), True),
 )  # fmt: skip
 
 X, HOLES = tensor([1.0, 3.0, 9.0], [5.0, 9.0, 9.0]), tensor([True, True, False],
@@ -157,30 +230,16 @@ MASKED_MEAN = Task(
         ("Do you forget the mask?",
          lambda x, mask, dim=None: x.mean() if dim is None else x.mean(dim)),
     ],
+    lambda rng: (uniform(rng, 3, 5, low=-2), row_mask(rng, 3, 5)),
 )  # fmt: skip
 
 
-class Bigram(torch.nn.Module):
-    """A policy whose next token depends on the last one alone, by a table of probabilities."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.head = torch.nn.Linear(len(table), len(table), bias=False)
-        self.head.weight = torch.nn.Parameter(torch.tensor(table).log().T)  # logits = log p
-        self.device = torch.device("cpu")
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def base_model(self, ids, **_):
-        hidden = F.one_hot(ids, self.head.in_features).float()
-        return SimpleNamespace(last_hidden_state=hidden)
-
-    def forward(self, input_ids, **_):
-        return SimpleNamespace(logits=self.head(self.base_model(input_ids).last_hidden_state))
+def policy(table) -> Bigram:
+    """From rows of probabilities: those of each word after the row's."""
+    return Bigram(torch.as_tensor(table).log().T)
 
 
-POLICY = Bigram([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.1, 0.1, 0.8]])
+POLICY = policy([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.1, 0.1, 0.8]])
 TEXTS = common.collate([Sample([1, 0], [2, 2, 0]), Sample([0], [1])])
 LN = math.log
 
@@ -208,7 +267,7 @@ TOKEN_LOGPROBS = Task(
                                     for v in range(3)), [[1.0]])),
         Property("a row's gradient reaches the policy",
                  lambda f: torch.autograd.grad(f(POLICY, TEXTS).sum(), POLICY.head.weight)[0]
-                 .abs().sum() > 0.1),
+                 .abs().sum() > 0.1, gradient=True),
     ],
     [
         ("Are you off by one? You read the logits that stand AT the token, which already saw it.",
@@ -226,6 +285,7 @@ TOKEN_LOGPROBS = Task(
          lambda model, batch, temperature=1.0: picked(model, batch, 1, temperature).exp()
          * batch.mask),
     ],
+    drawn_policy,
 )  # fmt: skip
 
 
@@ -289,6 +349,9 @@ CLIPPED_SURROGATE = Task(
                            log_ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages),
              reference.clipped_surrogate(log_ratio, advantages, clip_eps)[1])),
     ],
+    lambda rng: (uniform(rng, 2, 4, low=-0.6, high=0.6), uniform(rng, 2, 4, low=-2, high=2),
+                 0.2),
+    gradient=0,
 )  # fmt: skip
 
 P, Q = tensor([0.5, 0.3, 0.2]), tensor([0.1, 0.6, 0.3])
@@ -316,6 +379,8 @@ K3 = Task(
         ("Have the signs changed? Yours is never positive.",
          lambda log_ratio: -reference.k3(log_ratio)),
     ],
+    lambda rng: (uniform(rng, 6, low=-2, high=2),),
+    gradient=0,
 )  # fmt: skip
 
 
@@ -363,6 +428,7 @@ SEGMENT_STARTS = Task(
          lambda probs, interval, threshold: [t for t, p in enumerate(probs) if p >= threshold]
          [::interval]),
     ],
+    lambda rng: ([rng.random() for _ in range(20)], rng.randint(2, 3), 0.5),
 )  # fmt: skip
 
 
@@ -414,6 +480,7 @@ CHAIN_ADVANTAGES = Task(
              starts, values, reward, length) / spread(
              starts, [b - a for a, b in zip(starts, [*starts[1:], length])], length, 1)),
     ],
+    drawn_chain,
 )  # fmt: skip
 
 
@@ -508,6 +575,7 @@ TREE_ADVANTAGES = Task(
          lambda parents, rewards, scale=False: reference.tree_advantages(parents, rewards)),
         ("What is a root's advantage? It has no parent to be compared with.", root_has_value),
     ],
+    drawn_tree,
 )  # fmt: skip
 
 UNSURE = batch_of([[1.0, -1.0, 1.0, 1.0], [1.0, 1.0]], [[0.5, 0.9, 1.0, 0.2], [0.95, 0.9 - 1e-3]])
@@ -544,6 +612,7 @@ TRAINED_TOKENS = Task(
         ("Do you forget cfg.mask?",
          lambda batch, cfg: batch.mask & (batch.old_logprobs.exp() < cfg.threshold)),
     ],
+    lambda rng: (drawn_batch(rng), SimpleNamespace(mask=True, threshold=0.6)),
 )  # fmt: skip
 
 # Ratios 1.5, 1, 0.5 | 0.5, 1 and A 1, 2, -1 | -2, 1: objectives 1.2, 2, -0.8 | -1.6, 1.
@@ -604,6 +673,8 @@ SPO_LOSS = Task(
              batch.old_logprobs, batch._replace(old_logprobs=logprobs), *rest)),
         ("Do you whiten the advantages? That can turn a plus into a minus.", whitened),
     ],
+    drawn_spo,
+    gradient=0,
 )  # fmt: skip
 
 
@@ -618,11 +689,15 @@ BLOCK_WEIGHTS = Task(
         Case("uniform, K = 4", (4, "uniform"), [0.25] * 4),
         Case("joint, K = 3", (3, "joint"), [1.0] * 3),
         Case("no future share", (3, 0.0), [1.0, 0.0, 0.0]),
+        Case("a share, but K = 1", (1, 0.5), [0.5],
+             "What becomes of the share if K = 1? There are no K - 1 tokens to divide it among."),
         Property("all but joint sum to 1, also for K = 1",
                  lambda f: all(near(f(k, w).sum(), 1) for k, w in
                                [(1, "uniform"), (2, 0.4), (5, 0.2), (5, "uniform")])),
     ],
     [
+        ("What becomes of the share if K = 1? The first token's weight does not change.",
+         lambda k, w: torch.ones(1) if k == 1 else reference.block_weights(k, w)),
         ("Does every future token have the whole share?",
          lambda k, w: torch.tensor([1 - w] + [w] * (k - 1)) if isinstance(w, float)
          else reference.block_weights(k, w)),
@@ -637,6 +712,7 @@ BLOCK_WEIGHTS = Task(
         ("Do uniform weights sum to 1?",
          lambda k, w: reference.block_weights(k, "joint" if w == "uniform" else w)),
     ],
+    lambda rng: (rng.randint(2, 7), rng.random()),
 )  # fmt: skip
 
 
@@ -692,9 +768,9 @@ BLOCK_LOG_RATIO = Task(
              [[2.0, 4.0, 16 / 3, 8.0, 0.0], [11 / 3, 5.0, 0.0, 0.0, 0.0]]),
         Case("blocks in a row that starts late", (L[:1], LATE, 2, "block", "uniform"),
              [[0.0, 3.0, 3.0, 8.0, 0.0]]),
-        Property("K = 1 leaves the log-ratios of single tokens",
-                 lambda f: all(near(f(L, ROWS, 1, layout, "uniform"), L * ROWS)
-                               for layout in ("window", "block"))),
+        Property("K = 1 leaves the log-ratios of single tokens, with a share too",
+                 lambda f: all(near(f(L, ROWS, 1, layout, weights), L * ROWS)
+                               for layout in ("window", "block") for weights in ("uniform", 0.5))),
         Property("joint blocks longer than the row have its sum",
                  lambda f: near(f(L, ROWS, 9, "block", "joint")[0, :4], [15.0] * 4)),
         Property("a gradient passes through to the tokens it is made of",
@@ -722,6 +798,9 @@ BLOCK_LOG_RATIO = Task(
         ("What stands outside the mask?", lambda l, mask, *rest:
          reference.block_log_ratio(l, mask, *rest) + l * ~mask),
     ],
+    lambda rng: (uniform(rng, 3, 5, low=-2, high=2), row_mask(rng, 3, 5), rng.randint(2, 3),
+                 "window", "uniform"),
+    gradient=0,
 )  # fmt: skip
 
 
@@ -775,6 +854,7 @@ SCALED_EPS = Task(
         ("Does every token of a block have its block's range?", lambda mask, cfg:
          eps_wrong(lambda b: b.norm())(mask, SimpleNamespace(**{**vars(cfg), "layout": "window"}))),
     ],
+    lambda rng: (row_mask(rng, 3, 6), mpo_cfg(rng.randint(2, 4))),
 )  # fmt: skip
 
 # Windows of two, uniform: log R = log of 1.5, 1.5, 1 | 0.5, 0.5.
@@ -838,6 +918,8 @@ MPO_LOSS = Task(
          mpo_wrong(lambda o, batch, n: -reference.masked_mean(o, batch.mask, 1).mean())),
         ("Do you forget cfg.scale_eps?", eps_ignored),
     ],
+    drawn_mpo,
+    gradient=0,
 )  # fmt: skip
 
 
@@ -851,7 +933,8 @@ def ids_of(text: str, end=True) -> list[int]:
     return common.encode(TOKENIZER, text) + [EOS] * end
 
 
-def lines_wrong(*, end_counts=False, blank_counts=False, delimiter_starts=False, most=True):
+def lines_wrong(*, end_counts=False, blank_counts=False, delimiter_starts=False, most=True,
+                blank_first=False):  # fmt: skip
     """A wrong step_starts: what it takes for a step, or for its first token."""
 
     def wrong(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()):
@@ -861,7 +944,8 @@ def lines_wrong(*, end_counts=False, blank_counts=False, delimiter_starts=False,
         begins = [0, *(t + 1 for t, piece in enumerate(text) if piece == delimiter)]
         if not blank_counts:
             spans = zip(begins, [*begins[1:], len(ids)])
-            begins = [a for a, b in spans if "".join(text[a:b]).strip() or not a]
+            full = [a for a, b in spans if "".join(text[a:b]).strip()]
+            begins = sorted({0, *(full if blank_first else full[1:])})
         begins = [t - 1 if delimiter_starts and t else t for t in begins if t < len(ids) or not t]
         return begins[:max_steps] if most else begins
 
@@ -877,6 +961,7 @@ STEP_STARTS = Task(
         Case("an answer that ends in a line break", (ids_of("12\n34\n"), TOKENIZER), [0, 3]),
         Case("an answer that was cut", (ids_of("12\n3", end=False), TOKENIZER), [0, 3]),
         Case("a line with nothing in it", (ids_of("1\n \n2"), TOKENIZER), [0, 4]),
+        Case("blank lines at the beginning", (ids_of("\n \n1\n2"), TOKENIZER), [0, 5]),
         Case("at most two steps", (ids_of("1\n2\n3\n4"), TOKENIZER, "\n", 2), [0, 2]),
         Case("another delimiter, another stop", (ids_of("1;2;X", end=False), TOKENIZER, ";", 20,
              {*ids_of("X", end=False)}), [0, 2]),
@@ -887,12 +972,15 @@ STEP_STARTS = Task(
     [
         ("Is the end token a step of its own?", lines_wrong(end_counts=True)),
         ("Does a line with nothing in it count?", lines_wrong(blank_counts=True)),
+        ("Do blank lines at the beginning make a step? They belong to the first one with text.",
+         lines_wrong(blank_first=True)),
         ("To which step does the delimiter belong? It ends one, it does not begin one.",
          lines_wrong(delimiter_starts=True)),
         ("Do you keep to max_steps?", lines_wrong(most=False)),
         ("Do you always look for a line break?", lambda ids, tokenizer, delimiter="\n", *rest:
          reference.step_starts(ids, tokenizer, "\n", *rest)),
     ],
+    drawn_text,
 )  # fmt: skip
 
 
@@ -945,6 +1033,7 @@ LOCALIZE_UNCERTAIN = Task(
              next((t for t, p in enumerate(probs) if p < threshold), probs.index(min(probs))) - 1,
              starts))),
     ],
+    drawn_doubts,
 )  # fmt: skip
 
 GROUP = batch_of([[1.0] * 3, [-0.5]], [[0.5, 0.5, 0.25], [0.5]])
@@ -1004,6 +1093,8 @@ RESET_LOSS = Task(
         ("Do you forget clip_eps?",
          lambda logprobs, batch, n, clip_eps: reference.reset_loss(logprobs, batch, n, 0.0)),
     ],
+    drawn_reset,
+    gradient=0,
 )  # fmt: skip
 
 TASKS = [
