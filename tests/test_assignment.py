@@ -3,6 +3,7 @@
 import configparser
 import csv
 import inspect
+import json
 import os
 import re
 import sys
@@ -12,9 +13,12 @@ import pytest
 
 from conftest import ENV, ROOT
 
-sys.path += [str(ROOT / "tutorials" / name) for name in ("assignment", "bug_lab")]
+sys.path += [str(ROOT / "tutorials" / name) for name in ("assignment", "bug_lab", "")]
 
 import bugs  # noqa: E402
+import catches  # noqa: E402
+import curves  # noqa: E402
+import figures  # noqa: E402
 import grader  # noqa: E402
 import properties  # noqa: E402
 import reference  # noqa: E402
@@ -578,6 +582,80 @@ def test_a_bug_leaves_nothing_behind():
     assert failing() == []
 
 
+OWN_TESTS = """
+import torch
+import pytest
+from properties import PROPERTIES
+
+import common
+from common import k3
+
+
+@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
+def test_holds(holds):
+    assert holds() is None
+
+
+def test_no_kl_is_negative():
+    assert (k3(torch.linspace(-2, 2, 9)) >= 0).all()
+
+
+def test_that_is_wrong():
+    assert common.k3(torch.zeros(1)) == 1
+"""
+
+
+def test_the_lab_says_which_tests_catch_which_bugs(tmp_path, capsys):
+    file = tmp_path / "my_test.py"
+    file.write_text(OWN_TESTS)
+    caught, wrong = catches.catches(file, [*bugs.SHOWS])
+    for holds in properties.PROPERTIES:
+        name = holds.__name__
+        assert caught[f"test_holds[{name}]"] == [b for b in FAILS if name in FAILS[b]]
+    assert caught["test_no_kl_is_negative"] == [8] and wrong == ["test_that_is_wrong"]
+    assert failing() == []  # nothing is left planted here
+    assert catches.report(file, [8]) and not catches.report(file, [])
+    out = capsys.readouterr().out
+    assert "test_no_kl_is_negative" in out and "caught: 8 (1 of 1)" in out
+    assert re.search("test_that_is_wrong +fails on the healthy code: it catches nothing", out)
+
+
+@pytest.mark.parametrize("source, says", [
+    ("import spo\ndef test_a():\n  assert spo.spo_loss.__code__.co_firstlineno > 9", "__code__"),
+    ("import inspect, spo\ndef test_a():\n  inspect.getsource(spo.spo_loss)", "getsource"),
+    ("import bugs", "import bugs"),
+    ("import not_there", "does not import: E   ModuleNotFoundError: No module named 'not_there'"),
+    ("x = 1", "has no tests"),
+    (None, "there is no file"),
+])  # fmt: skip
+def test_a_file_of_tests_that_is_none_is_one_clear_line(tmp_path, source, says):
+    file = tmp_path / "my_test.py"
+    if source:
+        file.write_text(source)
+    with pytest.raises(SystemExit) as stopped:
+        catches.report(file, [1])
+    assert says in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_that_a_function_was_planted_does_not_show(tmp_path):
+    file = tmp_path / "my_test.py"
+    file.write_text("import spo\ndef test_a():\n  f = getattr(spo.spo_loss, '__co' + 'de__')\n"
+                    "  assert f.co_firstlineno == 1\n")  # fmt: skip
+    assert catches.catches(file, [1, 2]) == ({"test_a": []}, [])
+
+
+def test_a_table_keeps_signs_and_lowest_values():
+    assert curves.binned([1.0] * 28) == [1.0] * 14 and len(curves.binned([0.0] * 29)) <= 14
+    values = [1.0, -0.25] + [1.0] * 26
+    cell = curves.cell(values, 0.0, 1.0)
+    assert cell.split()[0] == "0.375" and cell.split()[-1] == "-0.25"
+    lines = curves.table({"kl": values, "lr": [1.0], "kl_ref": [0.0]},
+                         {"kl": [0.0, 0.5], "lr": [2.0], "kl_ref": [0.0]}, ("a", "b"))  # fmt: skip
+    assert len(lines) == 3 and lines[0].split() == ["a", "b"]
+    assert max(map(len, lines)) <= 100
+    assert re.findall(r"-?\d+\.?\d*", lines[2]) == ["0.375", "1", "-0.25", "0", "0.5", "0"]
+
+
 def test_the_key_tells_every_bug_and_the_test_that_catches_it():
     key = (bugs.HERE / "KEY.md").read_text()
     sections = re.split(r"^## \d+\. ", key, flags=re.MULTILINE)[1:]
@@ -591,6 +669,22 @@ def test_the_key_tells_every_bug_and_the_test_that_catches_it():
                 assert re.search(rf"^{re.escape(sign)} .*{wanted}", section, re.MULTILINE), line
         file, test = re.search(r"`(tests/\w+\.py)::(\w+)`", section).groups()
         assert f"def {test}(" in (ROOT / file).read_text()
+
+
+def test_the_keys_figures_are_those_that_the_script_keeps():
+    kept = json.loads(figures.KEPT.read_text())
+    key = figures.KEY.read_text()
+    assert figures.with_tables(key, kept) == key
+    for bug in bugs.SHOWS:
+        assert figures.table(bug, kept[str(bug)]) in key
+        for name in figures.SHOWN[bug]:
+            assert kept[str(bug)]["healthy"][name] != kept[str(bug)]["bug"][name]
+    assert kept["8"]["bug"]["held-out accuracy"][1] + 0.2 < kept["8"]["healthy"][
+        "held-out accuracy"][1]  # fmt: skip
+    assert kept["8"]["bug"]["kl_ref"][3] < 0 <= kept["8"]["healthy"]["kl_ref"][3]
+    columns = {"step": [1.0, 2.0, 3.0, 4.0], "kl": [1.0, -2.0, 4.0, 7.0]}
+    assert figures.statistics(columns, [0.5, 0.6]) == {
+        "held-out accuracy": [0.5, 0.6], "kl": [1.0, 2.5, 3.0, -2.0]}  # fmt: skip
 
 
 SMALL = (

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TEXTS = HERE / "bugs.txt"  # not in the edition for students
 sys.path.insert(0, str(HERE.parents[1]))
 
 # Where each bug shows: the script to run, and its flags. 0 plants nothing.
@@ -27,7 +28,7 @@ SHOWS = {
     5: ("spo", "--max_new_tokens 20"),
     6: ("mpo", ""),
     7: ("mpo", "--epochs 4 --steps 20"),
-    8: ("spo", "--kl_coef 0.1 --epochs 2"),
+    8: ("spo", "--kl_coef 0.5 --epochs 2"),
     9: ("spo", ""),
     10: ("reset_po", ""),
 }
@@ -39,21 +40,24 @@ def pack(module: str, function: str, edits: list[list[str]]) -> str:
 
 
 def unpack(number: int) -> tuple[str, str, list[list[str]]]:
-    packed = (HERE / "bugs.txt").read_text().strip().split("\n\n")[number - 1]
+    packed = TEXTS.read_text().strip().split("\n\n")[number - 1]
     return tuple(json.loads(zlib.decompress(base64.b64decode(packed))))
 
 
 @contextmanager
-def planted(number: int):
-    """Within this context the bug is in its module; for 0, nothing is."""
-    if not number:
+def planted(number: int, healthy: bool = False):
+    """Within this context the bug is in its module; for 0, nothing is. healthy: its function is
+    made anew from its text all the same, but without the bug."""
+    if not number or healthy and not TEXTS.exists():
         yield
         return
+    if not TEXTS.exists():
+        sys.exit(f"bug {number} is not in this copy: your instructor's has it")
     module_name, name, edits = unpack(number)
     module = importlib.import_module(module_name)
-    healthy = getattr(module, name)
-    source = inspect.getsource(healthy)
-    for old, new in edits:
+    before = getattr(module, name)
+    source = inspect.getsource(before)
+    for old, new in () if healthy else edits:
         if source.count(old) != 1:
             raise ValueError(f"bug {number} no longer fits {module_name}.{name}: mend bugs.txt")
         source = source.replace(old, new)
@@ -61,4 +65,4 @@ def planted(number: int):
     try:
         yield
     finally:
-        setattr(module, name, healthy)
+        setattr(module, name, before)

@@ -2,39 +2,30 @@
 
     python tutorials/bug_lab/lab.py --bug 3 --tiny       curves of both runs, half a minute each
     python tutorials/bug_lab/lab.py --bug 3 --check      properties that a healthy project has
+    python tutorials/bug_lab/lab.py --bug 3 --test my_test.py    does your own test catch it?
+    python tutorials/bug_lab/lab.py --test my_test.py            which of all ten does it catch?
 
 Nothing crashes; something is wrong. README.md says how to go about it. Other flags are handed to
 the script, for both runs (--steps 20). Runs are kept, as runs/lab-*, and not repeated.
 """
 
 import argparse
-import csv
-import json
-import re
-import subprocess
 import sys
 from pathlib import Path
 
-from bugs import SHOWS, planted
+from bugs import HERE, SHOWS, TEXTS, planted
 
-BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 20  # bars in a curve
+sys.path.insert(0, str(HERE.parent))
+
+import curves  # noqa: E402
 
 
 def run(script: str, bug: int, flags: list[str]) -> Path:
     """The folder of this run, which is made if it is not there."""
-    words = "-".join(re.sub(r"[^\w.]", "", flag) for flag in flags)
-    name = f"lab-{script}-bug{bug}-{words}"[:99].rstrip("-")
-    folder = Path("runs") / name
-    if not (folder / "summary.json").exists():
-        what = f"with bug {bug}" if bug else "healthy"
-        print(f"\n=== {what}: {script}.py {' '.join(flags)}", flush=True)
-        inner = [sys.executable, __file__, "--inside", "--bug", str(bug), "--script", script]
-        again = ["--resume"] if (folder / "checkpoint").exists() else []
-        done = subprocess.run([*inner, "--name", name, *flags, *again])
-        if done.returncode:  # it has said why
-            sys.exit(done.returncode)
-    return folder
+    name = f"lab-{script}-bug{bug}-{curves.slug(flags)}"[:99].rstrip("-")
+    title = f"{f'with bug {bug}' if bug else 'healthy'}: {script}.py {' '.join(flags)}"
+    command = [__file__, "--inside", "--bug", str(bug), "--script", script]
+    return curves.make(name, title, command, flags)
 
 
 def inside(script: str, bug: int, flags: list[str]) -> None:
@@ -46,39 +37,14 @@ def inside(script: str, bug: int, flags: list[str]) -> None:
         common.cli(__import__(script).main)
 
 
-def columns(folder: Path) -> dict[str, list[float]]:
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
-
-
-def binned(values: list[float]) -> list[float]:
-    """At most WIDTH means of neighbours."""
-    size = max(1, -(-len(values) // WIDTH))
-    parts = [values[i : i + size] for i in range(0, len(values), size)]
-    return [sum(part) / len(part) for part in parts]
-
-
-def curve(values: list[float], low: float, high: float) -> str:
-    scale = (len(BARS) - 1) / ((high - low) or 1)
-    return "".join(BARS[round((value - low) * scale)] for value in values)
-
-
 def compare(healthy: Path, broken: Path, bug: int) -> None:
-    """Both runs' metrics: first value, curve, last value; the curves of a line share one scale."""
-    left, right = columns(healthy), columns(broken)
-    print(f"\n{'':20}{'healthy':^42}{f'with bug {bug}':^42}")
-    for key in left:
-        pair = [binned(left[key]), binned(right.get(key, []))]
-        if key in ("step", "lr", "seconds") or not all(pair) or not any(map(any, pair)):
-            continue  # nothing to compare, or 0 in both
-        low, high = min(map(min, pair)), max(map(max, pair))
-        cells = [f"{x[0]:9.3g} {curve(x, low, high):<{WIDTH}} {x[-1]:<9.3g}" for x in pair]
-        print(f"{key:<20}{'  '.join(cells)}")
+    """Both runs' metrics, beside each other."""
+    titles = "healthy", f"with bug {bug}"
+    print("", *curves.table(curves.columns(healthy), curves.columns(broken), titles), sep="\n")
     for name, folder in (("healthy", healthy), ("bug", broken)):
-        facts = json.loads((folder / "summary.json").read_text())
-        ends = [f"{facts[f'accuracy_{when}']:.3f}" for when in ("before", "after")]
-        print(f"{name}: held-out accuracy {' -> '.join(ends)}; answers in {folder}/samples.txt")
+        before, after = curves.accuracies(folder)
+        print(f"{name}: held-out accuracy {before:.3f} -> {after:.3f}; "
+              f"answers in {folder}/samples.txt")  # fmt: skip
 
 
 def check(bug: int) -> bool:
@@ -102,11 +68,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bug", type=int, required=True, choices=[0, *SHOWS], help="0: none")
+    parser.add_argument("--bug", type=int, choices=[0, *SHOWS], help="0: none")
     parser.add_argument("--script", choices=["spo", "mpo", "reset_po"], help="default: its own")
     parser.add_argument("--check", action="store_true", help="test properties instead of running")
+    parser.add_argument("--test", type=Path, help="a file of your own tests, for pytest")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
+    if args.test:
+        from catches import report
+
+        numbers = [*SHOWS] if args.bug is None else [args.bug] if args.bug else []
+        if not TEXTS.exists():
+            print("the bugs are not in this copy: whether your tests hold on the healthy code")
+            numbers = []
+        sys.exit(not report(args.test.resolve(), numbers))
+    if args.bug is None:
+        parser.error("--bug: which one? (1 to 10; 0 for none)")
     script, needed = SHOWS.get(args.bug, ("spo", ""))
     if args.inside:
         return inside(args.script, args.bug, flags)
