@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import subprocess
 import sys
 import textwrap
 
@@ -16,6 +17,7 @@ from conftest import ENV, ROOT
 sys.path += [str(ROOT / "tutorials" / name) for name in ("assignment", "bug_lab", "")]
 
 import bugs  # noqa: E402
+import bulk  # noqa: E402
 import catches  # noqa: E402
 import curves  # noqa: E402
 import figures  # noqa: E402
@@ -23,6 +25,7 @@ import grader  # noqa: E402
 import properties  # noqa: E402
 import reference  # noqa: E402
 import sandbox  # noqa: E402
+import train  # noqa: E402
 from tasks import PARTS, TASKS  # noqa: E402
 
 import common  # noqa: E402
@@ -724,3 +727,113 @@ def test_the_bug_is_silent_and_changes_what_is_learned(healthy, run, bug):
     if kind not in known:
         known[kind] = weights(0)
     assert weights(bug) != known[kind]
+
+
+# ------------------------------------------------------------------------- a student's file trains
+
+
+TRAINS = {  # by script: its own flags, and a wrong formula that shows at once
+    "spo": ([], "def chain_advantages(starts, values, reward, length):\n"
+                "    return -right(starts, values, reward, length)\n"),
+    "mpo": ([], "def group_advantages(rewards, scale=True):\n    return 2 * right(rewards)\n"),
+    "reset_po": ([], "def reset_loss(logprobs, batch, n, clip_eps):\n"
+                 "    loss, cut = right(logprobs, batch, n, clip_eps)\n    return -loss, cut\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TRAINS)
+def test_right_functions_train_as_the_project_and_a_wrong_one_does_not(healthy, run, script):
+    folder, _ = healthy
+    flags, wrong = TRAINS[script]
+
+    def metrics(name: str, file) -> dict:
+        path = f"import sys; sys.path.insert(0, {str(STUDENT.parent)!r}); import pathlib, train; "
+        plug = f"{path}f = pathlib.Path({str(file)!r}); train.plug(f, train.written(f))"
+        options = dict(script=script, cwd=folder, patch=plug if file else "", env=ENV)
+        done = run(*SMALL, *flags, "--name", f"{script}-{name}", **options)
+        assert done.code == 0, done.err
+        return curves.columns(folder / "runs" / f"{script}-{name}")
+
+    name = wrong.split("(")[0].removeprefix("def ")
+    bad = folder / f"{script}.py"
+    bad.write_text(f"{RIGHT.read_text()}\n\nright = {name}\n\n\n{wrong}")
+    reference = metrics("reference", None)
+    assert train.first_difference(metrics("right", RIGHT), reference) == ""
+    assert train.first_difference(metrics("wrong", bad), reference).startswith("step ")
+
+
+def test_what_is_not_written_stays_the_projects(tmp_path):
+    assert train.written(STUDENT) == []
+    assert train.written(RIGHT) == [task.name for task in TASKS] == train.task_names()
+    file = submission(tmp_path, "def k3(x):\n  return x * x / 2\n")
+    assert train.written(file) == ["k3"]
+
+
+def test_the_command_compares_the_two_runs(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def make(name, title, command, flags):
+        folder = tmp_path / name
+        folder.mkdir()
+        made.append((name, command, flags))
+        rows = "step,accuracy,loss\n1,0.5,0.1\n2,0.5,0.2\n"
+        folder.joinpath("metrics.csv").write_text(
+            rows if name.startswith("ref") else rows.replace("0.2", "-0.2"))  # fmt: skip
+        folder.joinpath("summary.json").write_text('{"accuracy_before": 0.5, "accuracy_after": 1}')
+        return folder
+
+    assert train.first_difference({"kl": [1e-9, 1.0]}, {"kl": [3e-7, 1.0004]}) == ""
+    assert train.first_difference({"kl": [0.0]}, {"kl": [0.0, 1.0]}) == "step 2: kl not there"
+    monkeypatch.setattr(curves, "make", make)
+    file = submission(tmp_path, "def k3(x):\n  return x * x / 2\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--file", str(file), "--script", "mpo"])
+    train.main()
+    out = capsys.readouterr().out
+    assert "yours: k3\n" in out and "the project's: group_advantages, masked_mean" in out
+    assert "the runs part at step 2: loss -0.2, reference 0.2" in out
+    assert [name.split("-")[0] for name, _, _ in made] == ["reference", "yours"]
+    assert made[0][2] == made[1][2] == ["--tiny"] and str(file) in made[1][1]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--file", str(STUDENT)])
+    with pytest.raises(SystemExit, match="no function that is written yet"):
+        train.main()
+
+
+# ----------------------------------------------------------------------------- for the instructor
+
+
+def test_a_folder_is_graded_to_a_table_with_times(tmp_path, monkeypatch, capsys):
+    folder, points = tmp_path / "submissions", tmp_path / "points.csv"
+    folder.mkdir()
+    (folder / "anna.py").write_text(RIGHT.read_text())
+    (folder / "ben.py").write_text("import reference")
+    (folder / "cem.py").write_text(RIGHT.read_text() + WRONG_CLIP)
+    command = ["bulk.py", str(folder), "--csv", str(points), "--seed", "5"]
+    monkeypatch.setattr(sys, "argv", command)
+    bulk.main()
+    with open(points, newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [*rows[0]] == ["file", "total", *PARTS, *BY_NAME, "note", "seconds"]
+    assert [(row["total"], float(row["seconds"]) >= 0) for row in rows] == [
+        ("100.0", True), ("0.0", True), ("92.0", True)]  # fmt: skip
+    assert "imports the project's own reference" in rows[1]["note"]
+    assert "total                      100 of 100" in (folder / "anna.txt").read_text()
+    assert "clipped_surrogate: 0 of 8 points\nIs your minimum" in (folder / "cem.txt").read_text()
+    assert capsys.readouterr().out.count("\n") == 3
+    for command, says in ((command, "is there already"), (["b", str(tmp_path)], "no file")):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit, match=says):
+            bulk.main()
+
+
+def test_the_autograder_writes_what_gradescope_reads(tmp_path):
+    for name in ("submission", "results", "source"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "source" / "project").symlink_to(ROOT)
+    (tmp_path / "submission" / "student.py").write_text(RIGHT.read_text() + WRONG_CLIP)
+    script = STUDENT.with_name("autograder") / "run_autograder"
+    env = {**ENV, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable}
+    subprocess.run([str(script)], env=env, check=True, capture_output=True)
+    found = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert found["score"] == 92 == round(sum(test["score"] for test in found["tests"]), 1)
+    assert sum(test["max_score"] for test in found["tests"]) == 100
+    assert [t["name"] for t in found["tests"] if t["output"]] == ["clipped_surrogate"]

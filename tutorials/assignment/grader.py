@@ -393,11 +393,12 @@ def sum_of(results: list[Result]) -> int:
     return sum(r.out_of for r in results)
 
 
-def append_csv(path: Path, file: Path, results: list[Result], note: str) -> None:
-    """One row a file: its total, the points of each part and task, and the note."""
+def append_csv(path: Path, file: Path, results: list[Result], note: str, seconds=None) -> None:
+    """One row a file: its total, the points of each part and task, the note, and the time."""
     row = dict(file=str(file), total=total(results))
     row |= {part: total([r for r in results if r.part == part]) for part in PARTS}
     row |= {r.name: r.points for r in results} | dict(note=note)
+    row |= {} if seconds is None else dict(seconds=round(seconds, 1))
     new = not path.exists() or not path.stat().st_size
     with open(path, "a", newline="") as out:
         writer = csv.DictWriter(out, row)
