@@ -92,7 +92,7 @@ def first_difference(yours: dict, reference: dict) -> str:
     for key, wanted in reference.items():
         if key in ("step", "seconds"):
             continue
-        given, size = yours.get(key, []), max(0.001, *map(abs, wanted))
+        given, size = yours.get(key, []), max([0.001, *map(abs, wanted)])
         steps = range(max(len(given), len(wanted)))
         here = lambda t: t < min(len(given), len(wanted))  # noqa: E731
         parts = [t for t in steps if not here(t) or not abs(given[t] - wanted[t]) <= ALIKE * size]
