@@ -20,6 +20,7 @@ import bugs  # noqa: E402
 import bulk  # noqa: E402
 import catches  # noqa: E402
 import curves  # noqa: E402
+import edition  # noqa: E402
 import figures  # noqa: E402
 import grader  # noqa: E402
 import properties  # noqa: E402
@@ -837,3 +838,77 @@ def test_the_autograder_writes_what_gradescope_reads(tmp_path):
     assert found["score"] == 92 == round(sum(test["score"] for test in found["tests"]), 1)
     assert sum(test["max_score"] for test in found["tests"]) == 100
     assert [t["name"] for t in found["tests"] if t["output"]] == ["clipped_surrogate"]
+
+
+# ---------------------------------------------------------------------- the edition for students
+
+
+@pytest.fixture(scope="session")
+def students(tmp_path_factory):
+    folder, runs = tmp_path_factory.mktemp("edition"), tmp_path_factory.mktemp("runs")
+    for bug in (0, 3):
+        run = runs / f"lab-reset_po-bug{bug}-tiny"
+        run.mkdir()
+        (run / "metrics.csv").write_text(f"step,kl\n1,0.5\n2,{bug}\n")
+        (run / "summary.json").write_text('{"accuracy_before": 0.5, "accuracy_after": 1}')
+        (run / "model.safetensors").write_text("large")
+    edition.build(folder / "it", runs)
+    return folder / "it"
+
+
+def test_the_edition_has_no_solutions_keys_or_bugs(students):
+    names = {path.name for path in students.rglob("*") if path.is_file()}
+    left_out = "KEY.md bugs.txt figures.json figures.py reference.py tasks.py grader.py"
+    assert not names & {*left_out.split(), "INSTRUCTOR.md", "model.safetensors", "bulk.py"}
+    packed = bugs.TEXTS.read_text().split("\n")[0]
+    healthy = "".join((ROOT / name).read_text() for name in edition.SECOND)
+    edits = [new for bug in bugs.SHOWS for _, new in bugs.unpack(bug)[2] if new not in healthy]
+    assert len(edits) >= 9
+    for path in students.rglob("*.*"):
+        if path.is_file():
+            text = path.read_text()
+            assert packed not in text and not [new for new in edits if new in text], path
+    lines = set()
+    for task in TASKS:
+        body = inspect.getsource(getattr(reference, task.name)).split('"""')[-1]
+        lines |= {line.strip() for line in body.split("\n") if len(line.strip()) > 30}
+    assert len(lines) > 40
+    for path in (students / "1_assignment").iterdir():
+        assert not [line for line in lines if line in path.read_text()], path
+        assert not (path.suffix == ".py" and grader.copies(path.read_bytes())), path
+
+
+def command(folder, *words) -> tuple[int, str]:
+    env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
+    options = dict(cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, words)], **options)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_is_left_of_the_assignment_works(students, tmp_path):
+    folder = students / "1_assignment"
+    code, out = command(folder, "check.py")
+    assert code == 1 and out.count("not written yet") == 17 and "\n0 of 17 functions" in out
+    code, out = command(folder, "check.py", RIGHT)
+    assert code == 0 and out.count("\n") == 18 and "17 of 17 functions are right" in out
+    file = tmp_path / "mine.py"
+    file.write_text(RIGHT.read_text() + WRONG_CLIP)
+    code, out = command(folder, "check.py", file)
+    assert code == 1 and "Is your minimum taken before the advantage comes in?" in out
+    text = (folder / "README.md").read_text()
+    assert "python check.py" in text and "pytest" not in text and "train.py" not in text
+
+
+def test_what_is_left_of_the_lab_works(students, tmp_path):
+    folder = students / "2_bug_lab"
+    lab = "tutorials/bug_lab/lab.py"
+    code, out = command(folder, lab, "--bug", "3", "--tiny")
+    assert code == 0 and "healthy: held-out accuracy 0.500 -> 1.000" in out and "kl " in out
+    file = tmp_path / "my_test.py"
+    file.write_text("import common, tiny_policy\ndef test_a():\n  assert common.k3\n")
+    code, out = command(folder, lab, "--test", file)
+    assert code == 0 and "test_a" in out and "holds on the healthy code" in out
+    code, out = command(folder, lab, "--bug", "3", "--check")
+    assert code == 1 and out == "bug 3 is not in this copy: your instructor's has it\n"
+    code, out = command(folder, "tutorials/assignment/train.py")
+    assert code == 1 and out == "student.py has no function that is written yet\n"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import reference
 import sandbox
 import torch
+from answers import kind, same, short
 from sandbox import Broken, Cheat, complaint, contents, own
 from tasks import ANY, PARTS, TASKS, Case, Property, Task
 
@@ -39,38 +40,6 @@ class Result(NamedTuple):
     points: float
     out_of: int
     message: str  # "" if all is well
-
-
-# ------------------------------------------------------------------------------- comparing answers
-
-
-def tensors(answer) -> list[torch.Tensor]:
-    """An answer as double tensors: numbers, lists and tensors alike; a tuple has several."""
-    parts = answer if isinstance(answer, tuple) else (answer,)
-    return [torch.as_tensor(x).detach().to(torch.double) for x in parts]
-
-
-def same(a, b, wanted) -> bool:
-    """Is a the answer b? What is ANY in `wanted` does not matter."""
-    try:
-        a, b, wanted = tensors(a), tensors(b), tensors(wanted)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    if [x.shape for x in a] != [x.shape for x in b]:
-        return False
-    for x, y, w in zip(a, b, wanted):
-        kept = ~w.isnan() if w.shape == x.shape else ...
-        if not torch.allclose(x[kept], y[kept], rtol=1e-5, atol=1e-5, equal_nan=True):
-            return False
-    return True
-
-
-def short(x, wanted: bool = False) -> str:
-    """An answer in a line; in one that is wanted, nan stands for anything."""
-    values = [[round(v, 4) for v in t.flatten().tolist()] for t in tensors(x)]
-    shapes = " and ".join(f"{tuple(t.shape)} {v}" for t, v in zip(tensors(x), values))
-    shapes = shapes.replace("nan", "any") if wanted else shapes
-    return shapes if len(shapes) < 200 else shapes[:200] + " ..."
 
 
 # ------------------------------------------------------------------------------------ one task
@@ -105,13 +74,6 @@ def check_case(function, case: Case) -> tuple[object, str]:
         return answer, f"is {short(answer)}, should be {short(case.wanted, True)}"
     except (TypeError, ValueError, RuntimeError):
         return answer, f"returns {type(answer).__name__}, not {kind(case.wanted)}"
-
-
-def kind(wanted) -> str:
-    if isinstance(wanted, tuple):
-        return " and ".join(kind(x) for x in wanted)
-    many = isinstance(wanted, list) or getattr(wanted, "ndim", 0)
-    return "a list or tensor" if many else "a number"
 
 
 def check_property(function, holds) -> str:

@@ -13,6 +13,7 @@ import argparse
 import ast
 import hashlib
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def inside(script: str, path: Path, flags: list[str]) -> None:
     """The script itself, with the file's functions in it."""
     import common
 
-    plug(path, written(path))
+    if names := written(path):
+        plug(path, names)
     sys.argv = [f"{script}.py", *flags]
     common.cli(importlib.import_module(script).main)
 
@@ -145,8 +147,7 @@ def main() -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     common = [str(HERE / "train.py"), "--inside", "--script", args.script, "--file"]
     runs, slug = {}, f"{args.script}-{curves.slug(flags)}"[:70].rstrip("-")
-    empty = str(HERE / "reference.py")  # imports only: nothing to plug
-    for title, name, file in (("reference", f"reference-{slug}", empty),
+    for title, name, file in (("reference", f"reference-{slug}", os.devnull),
                               ("yours", f"yours-{slug}-{digest}", str(path))):  # fmt: skip
         what = f"{title}: {args.script}.py {' '.join(flags)}"
         runs[title] = curves.make(name, what, [*common, file], flags)

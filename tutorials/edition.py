@@ -1,0 +1,104 @@
+"""The edition for students, without solutions, keys and bugs:
+
+    python tutorials/edition.py FOLDER
+
+FOLDER/1_assignment: sheet, stubs, and a checker with cases instead of solutions.
+FOLDER/2_bug_lab: the scripts, which are the solutions, to be handed out when the assignment is in:
+to train with one's own functions, and the bug lab with the runs that lie in runs/ (figures.py makes
+them) and without the bugs.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tutorials" / "assignment"), str(ROOT)]
+
+FIRST = ("README.md", "student.py", "sandbox.py", "answers.py", "check.py")
+SECOND = (
+    "common.py", "spo.py", "mpo.py", "reset_po.py", "requirements.txt", "LICENSE",
+    "tests/tiny_policy.py", "tutorials/curves.py", "tutorials/assignment/student.py",
+    "tutorials/assignment/sandbox.py", "tutorials/assignment/train.py",
+    "tutorials/bug_lab/README.md", "tutorials/bug_lab/bugs.py", "tutorials/bug_lab/catches.py",
+    "tutorials/bug_lab/lab.py", "tutorials/bug_lab/properties.py",
+)  # fmt: skip
+RUN = ("metrics.csv", "summary.json", "samples.txt")
+
+
+def cases() -> dict:
+    """By task its cases: arguments, the answer, and what each known mistake would give."""
+    import grader
+    import reference
+    from sandbox import own, packed
+    from tasks import TASKS, Case
+
+    found = {}
+    for task in TASKS:
+        right = getattr(reference, task.name)
+        known = [check for check in task.checks if isinstance(check, Case)]
+        found[task.name] = []
+        for case in [*known, *grader.drawn(task, 0)]:
+            others = []
+            for question, wrong in task.mistakes:
+                answer = grader.call(wrong, own(case.args))
+                if not isinstance(answer, Exception) and not grader.same(
+                    answer, case.wanted, case.wanted
+                ):
+                    others.append((question, packed(answer, [])))
+            assert grader.same(right(*own(case.args)), case.wanted, case.wanted)
+            args, wanted = packed(case.args, []), packed(case.wanted, [])
+            row = dict(says=case.says, args=args, wanted=wanted, mistakes=others)
+            found[task.name].append(row)
+    return found
+
+
+def sheet(text: str) -> str:
+    """The students' README.md, for a folder of its own."""
+    start, end = text.index("```\npython -m pytest"), text.index("## Order, and what to read")
+    train, look = text.index("## Your functions train"), text.index("## What the grader looks at")
+    return (
+        text[:start].replace("From the repository's root, with its requirements installed",
+                             "In this folder, with torch installed")
+        + "```\npython check.py\n```\n\nchecks `student.py`, where every function still raises "
+        "`NotImplementedError`; another file with\n`python check.py PATH`. It says which cases are "
+        "right, what was given and wanted in the others, and,\nas a question, the mistake that "
+        "gives just your answers. Points are given by your instructor's grader.\nThe scripts come "
+        "when the assignment is in, with the bug lab.\n\n"
+        + text[end:train] + text[look:]
+    )  # fmt: skip
+
+
+def build(folder: Path, runs: Path) -> None:
+    first, second = folder / "1_assignment", folder / "2_bug_lab"
+    first.mkdir(parents=True)
+    for name in FIRST:
+        shutil.copy(ROOT / "tutorials" / "assignment" / name, first / name)
+    readme = first / "README.md"
+    readme.write_text(sheet(readme.read_text()))
+    (first / "cases.json").write_text(json.dumps(cases()) + "\n")
+    for name in SECOND:
+        (second / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, second / name)
+    for run in sorted(runs.glob("lab-*")):
+        to = second / "runs" / run.name
+        to.mkdir(parents=True)
+        for name in RUN:
+            if (run / name).exists():
+                shutil.copy(run / name, to / name)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tutorials/edition.py FOLDER")
+    folder = Path(sys.argv[1])
+    if folder.exists():
+        sys.exit(f"{folder} is there already")
+    build(folder, Path("runs"))
+    count = len([*folder.glob("2_bug_lab/runs/lab-*")])
+    print(f"{folder}: 1_assignment, 2_bug_lab with {count} runs of the lab")
+
+
+if __name__ == "__main__":
+    main()
