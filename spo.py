@@ -64,7 +64,7 @@ Departures from the paper, and choices where paper and released code disagree:
     and replay_total in all; the others wait, off-policy, and are dropped when replay_age rounds
     old. The authors' code shuffles and cuts, or repeats, to a fixed number.
 
-    python spo.py                   70 s on two cores, held-out accuracy 0.22 -> 0.88
+    python spo.py                   61 s on two cores, held-out accuracy 0.22 -> 0.88
     python spo.py --variant tree    75 s, 0.22 -> 0.90
     python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
 """
