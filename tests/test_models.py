@@ -454,10 +454,17 @@ def test_a_warm_start_of_a_given_model_is_made_once_and_shared_by_recipe(folders
     moved = tmp_path / "moved"
     shutil.copytree(folders["qwen2"], moved)
     (moved / "README.md").write_text("as a hub has it")
+    model, tokenizer = common.load_policy(folders["qwen2"], "cpu")
+    other = tmp_path / "other"  # of the same shape
+    with torch.no_grad():
+        model.base_model.norm.weight[0] += 1
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
     for i, (more, count) in enumerate([
         ([], 1), (["--lr", "1e-3"], 1), (["--model", str(moved)], 1),
         (["--training_tokens", "99"], 1), (["--warm_start_lr", "1e-4"], 2), (["--seed", "1"], 3), (["--prompt", "none"], 4),
         (["--model", str(folders["gpt2"])], 5), (["--warm_start_steps", "3"], 6),
+        (["--model", str(other)], 7),
     ]):  # fmt: skip
         done = run(*flags, "--warm_start_steps", "2", *more, "--name", f"run{i}")
         assert done.code == 0, done.err
@@ -486,6 +493,23 @@ def test_a_run_begins_with_what_its_warm_start_has_made(folders, run, tmp_path, 
     for a, b, c in zip(made.parameters(), ended.parameters(), given.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert (a - c).abs().max() > 1e-3
+
+
+def test_layers_are_recomputed_in_the_warm_start_too(folders, monkeypatch):
+    seen = []
+
+    def warm_start(run, problems, model, *rest):
+        seen.append(any(getattr(x, "gradient_checkpointing", False) for x in model.modules()))
+        return folders["qwen2"]
+
+    monkeypatch.setattr(common, "warm_start", warm_start)
+    for on in (True, False):
+        settings = common.RunConfig(
+            model=str(folders["qwen2"]), warm_start_steps=1, gradient_checkpointing=on
+        )
+        policy = common.first_policy(settings, torch.device("cpu"))
+        common.warm_started(settings, [], *policy, common.Compute())
+    assert seen == [True, False]
 
 
 def test_the_reference_of_a_resumed_run_is_its_warm_started_model(folders, tmp_path, monkeypatch):
