@@ -462,7 +462,8 @@ def test_a_warm_start_of_a_given_model_is_made_once_and_shared_by_recipe(folders
     tokenizer.save_pretrained(other)
     for i, (more, count) in enumerate([
         ([], 1), (["--lr", "1e-3"], 1), (["--model", str(moved)], 1),
-        (["--training_tokens", "99"], 1), (["--warm_start_lr", "1e-4"], 2), (["--seed", "1"], 3), (["--prompt", "none"], 4),
+        (["--training_tokens", "99"], 1), (["--warm_start_lr", "1e-4"], 2),
+        (["--seed", "1"], 3), (["--prompt", "none"], 4),
         (["--model", str(folders["gpt2"])], 5), (["--warm_start_steps", "3"], 6),
         (["--model", str(other)], 7),
     ]):  # fmt: skip
