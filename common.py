@@ -320,8 +320,8 @@ def shared_heads(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def columns_before(x: Tensor, row: Tensor, end: Tensor, width: int) -> Tensor:
-    """(S, width, ...) of x (rows, columns, ...): of each x[row] the columns up to and with `end`. In
-    place of what would be before the first column stands that one."""
+    """(S, width, ...) of x (rows, columns, ...): of each x[row] the columns up to and with `end`.
+    In place of what would be before the first column stands that one."""
     columns = end[:, None] - torch.arange(width - 1, -1, -1, device=end.device)  # (S, width)
     return x[row[:, None], columns.clamp(min=0)]
 
@@ -717,9 +717,8 @@ def build_policy(vocab_size: int) -> LlamaForCausalLM:
 
 
 def imitation_batch(run: "RunConfig", tokenizer, problems: list[Problem], step: int):
-    """What the policy is to imitate, list[Sample]: the solutions of 8 problems; on the built-in task
-    the mistaken student's, and of 64 sums for the built-in policy, which are about as many tokens.
-    """
+    """What the policy is to imitate, list[Sample]: the solutions of 8 problems; on the built-in
+    task the mistaken student's, and of 64 sums, about as many tokens, for the built-in policy."""
     size = 64 if problems[0].checkable and not run.model else 8
     if problems[0].checkable:
         facts, indices = wrong_facts(run.seed), range(step * size, (step + 1) * size)
@@ -743,8 +742,8 @@ def own_policy(seed: int, device):
 def warm_start(
     run: "RunConfig", problems: list[Problem], model, tokenizer, compute: Compute = Compute()
 ) -> Path:
-    """Folder of the policy after `warm_start_steps` of supervised training, which is done to `model`
-    in place; made once, then shared and reused.
+    """Folder of the policy after `warm_start_steps` of supervised training, which is done to
+    `model` in place; made once, then shared and reused.
 
     A given model is trained by AdamW at `warm_start_lr`, which falls to 0. The built-in one learns
     its task several times faster with Muon on the matrices and AdamW on the rest, and at higher
@@ -1765,15 +1764,15 @@ def why_no_reward(answers: int, cut: int, no_form: int) -> str:
     """In words, the most frequent first: what became of so many answers, none of which was right.
 
     >>> print(why_no_reward(answers=4, cut=3, no_form=1))
-    none of the first 4 answers got a reward: 75% were cut by their budget (--max_new_tokens), 25% ended without a final answer in the form that --prompt asks for (--warm_start_steps teaches it)
+    none of the first 4 answers got a reward: 75% were cut by their budget (--max_new_tokens), \
+25% ended without a final answer in the form that --prompt asks for (--warm_start_steps teaches it)
     """
+    wrong = answers - cut - no_form
     reasons = {
         "ended without a final answer in the form that --prompt asks for (--warm_start_steps "
         "teaches it)": no_form,
         "were cut by their budget (--max_new_tokens)": cut,
-        "were wrong (easier --data, as --terms 3 is, or a stronger --model)": answers
-        - cut
-        - no_form,
+        "were wrong (easier --data, as --terms 3 is, or a stronger --model)": wrong,
     }
     listed = sorted(reasons.items(), key=lambda reason: -reason[1])
     shares = [f"{count / answers:.0%} {reason}" for reason, count in listed if count]

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
@@ -31,7 +30,8 @@ import memory  # noqa: E402
 import mpo  # noqa: E402
 import reset_po  # noqa: E402
 import spo  # noqa: E402
-from bench_sample import BUDGET, DEVICE, DTYPE, HERE, bandwidth, generate, timed  # noqa: E402
+from bench_sample import BUDGET, DEVICE, DTYPE, HERE, bandwidth, generate  # noqa: E402
+from bench_sample import policy, timed  # noqa: E402
 
 TINY = "--tiny" in sys.argv
 memory.SHAPES["toy"] = (64, 2, 4, 2, 128, 512, True)
@@ -60,20 +60,13 @@ def alone(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def random_policy(shape: str):
-    """(model, tokenizer) with random weights and one token a byte; other ids are no text."""
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(memory.config(shape))
-    return model.to(DEVICE).eval(), common.build_tokenizer()
-
-
 # ----------------------------------------------------------------------------- sample and generate
 
 
 def sampling_rows(shape: str) -> list[str]:
     """tokens/s of `common.sample` and of transformers' generate, and what share of the memory's
     bandwidth reading the weights once a pass takes, which bounds decoding few rows."""
-    model, tokenizer = random_policy(shape)
+    model, tokenizer, _ = policy(shape)  # one token a byte; other ids are no text
     prompts = torch.randint(256, (4 if TINY else 16, 64)).tolist()
     weights = common.count_parameters(model) * DTYPE.itemsize  # bytes
     limit, rows = bandwidth(DEVICE, 1 << 24 if TINY else 1 << 28), []
@@ -140,7 +133,7 @@ def measured_step(shape: str, command: str) -> dict:
     take_time(script, "update", "update")
     common.response_reward = lambda ids, *_: float(sum(ids) % 2)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for part in random_policy(shape):
+        for part in policy(shape)[:2]:  # model and tokenizer
             part.save_pretrained("policy")
         rows = [dict(question=f"{i}+{i} " * 16, answer=f"#### {2 * i}") for i in range(400)]
         Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -154,7 +147,6 @@ def measured_step(shape: str, command: str) -> dict:
 
 def step_rows(shape: str) -> tuple[list[str], list[str]]:
     """A row for each method: seconds and memory; and how far log-probs are apart."""
-    computed = memory.peak(shape, 1 << 14, True, False)
     costs, ratios = [], []
     for method, command in METHODS.items():
         cost = alone(measured_step, shape, command)

@@ -67,6 +67,16 @@ def test_there_is_no_other_notebook():
     assert sorted((ROOT / "tutorials").glob("*.ipynb")) == PATHS
 
 
+def shown_sources(path):
+    """(functions, text that is kept) of each cell that shows sources."""
+    modules = {m.__name__: m for m in (common, spo, mpo, reset_po, resets_theory, tiny_policy)}
+    for cell in code_cells(read(path)):
+        if text_of(cell).lstrip().startswith("source("):
+            call = ast.parse(text_of(cell)).body[0].value
+            functions = [eval(ast.unparse(arg), modules) for arg in call.args]
+            yield functions, "".join(cell["outputs"][0]["data"]["text/markdown"])
+
+
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 class TestKept:
     def test_outputs_of_one_run_from_top_to_bottom(self, path):
@@ -118,25 +128,15 @@ class TestKept:
         assert not here & defined
 
     def test_the_source_that_is_shown_is_that_of_the_scripts_as_they_are(self, path):
-        modules = {m.__name__: m for m in (common, spo, mpo, reset_po, resets_theory, tiny_policy)}
-        for cell in code_cells(read(path)):
-            if text_of(cell).lstrip().startswith("source("):
-                call = ast.parse(text_of(cell)).body[0].value
-                functions = [eval(ast.unparse(arg), modules) for arg in call.args]
-                shown = "".join(cell["outputs"][0]["data"]["text/markdown"])
-                for function in functions:
-                    assert inspect.getsource(function).rstrip() in shown, function.__name__
+        for functions, shown in shown_sources(path):
+            for function in functions:
+                assert inspect.getsource(function).rstrip() in shown, function.__name__
 
     def test_sources_that_the_assignment_asks_for_are_folded(self, path, helpers):
-        modules = {m.__name__: m for m in (common, spo, mpo, reset_po, resets_theory, tiny_policy)}
-        for cell in code_cells(read(path)):
-            if text_of(cell).lstrip().startswith("source("):
-                call = ast.parse(text_of(cell)).body[0].value
-                functions = [eval(ast.unparse(arg), modules) for arg in call.args]
-                shown = "".join(cell["outputs"][0]["data"]["text/markdown"])
-                assert shown == helpers.source_text(*functions)
-                asked_for = any(function.__name__ in helpers.ASSIGNED for function in functions)
-                assert shown.startswith("<details>") == asked_for
+        for functions, shown in shown_sources(path):
+            assert shown == helpers.source_text(*functions)
+            asked_for = any(function.__name__ in helpers.ASSIGNED for function in functions)
+            assert shown.startswith("<details>") == asked_for
 
     def test_words_are_explained_in_one_place(self, path):
         assert "[glossary](README.md#words)" in prose(read(path))
