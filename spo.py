@@ -59,7 +59,7 @@ Departures from the paper, and choices where paper and released code disagree:
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
     groups.
  7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
-    the paper's (LARGE). The rate is constant after its warm-up.
+    the paper's (LARGE).
  8. Without replay a round trains all nodes with A != 0. With it, at most replay_nodes of a problem
     and replay_total in all; the others wait, off-policy, and are dropped when replay_age rounds
     old. The authors' code shuffles and cuts, or repeats, to a fixed number.
@@ -70,6 +70,8 @@ Departures from the paper, and choices where paper and released code disagree:
 """
 
 import copy
+import math
+import operator
 import random
 import re
 import time
@@ -84,7 +86,7 @@ import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
 from common import BadInput, Batch, Compute, Problem, Rollout, Sample, arg
 from torch import Tensor
-from transformers import get_constant_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 
 @dataclass
@@ -105,6 +107,9 @@ class Config:
         [2, 2, 2], "tree: children of a node, level by level, as in --branching 6 6 6", low=2
     )
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
+    level_weights: bool = arg(
+        False, "tree: all levels weigh alike; off, as in the paper, all nodes do"
+    )
     replay_age: int = arg(
         0,
         "tree: train nodes of the last so many rounds, this one included; 1 only caps a round's "
@@ -121,7 +126,9 @@ class Config:
     batch_size: int = arg(0, "answers, or nodes, per update; 0: all of the round's", low=0)
     epochs: int = arg(1, "passes over each round's answers or nodes", low=1)
     steps: int = arg(100, "rounds of sampling and training", low=1)
-    lr: float = arg(5e-4, "AdamW's learning rate", above=0)
+    lr: float = arg(
+        5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
+    )
     warmup_updates: int = arg(10, "updates over which the learning rate rises from 0", low=0)
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)", above=0)
     kl_coef: float = arg(
@@ -142,8 +149,9 @@ class Config:
             raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
         if tree and (self.partition != "cutpoint" or self.group_size > 1):
             raise BadInput("--variant tree: takes no --partition or --group_size, but --branching")
-        if not tree and (self.replay_age or self.scale_advantages):
-            raise BadInput("--replay_age, --scale_advantages: are for --variant tree only")
+        if not tree and (self.replay_age or self.scale_advantages or self.level_weights):
+            only = "--replay_age, --scale_advantages, --level_weights"
+            raise BadInput(f"{only}: are for --variant tree only")
 
 
 # Other defaults of Config and of common.RunConfig: with --tiny.
@@ -223,6 +231,23 @@ def tree_advantages(parents: list[int], rewards: list[float], scale: bool = Fals
             for child, difference in zip(below, differences):
                 advantages[child] = float(difference / std) if difference else 0.0
     return [float(value) for value in values], advantages
+
+
+def node_weights(parents: list[int]) -> list[float]:
+    """Weights with which each level of a round's trees weighs as much as any other: n nodes on m
+    levels, k of them on a node's own, give it n / (m k), on average 1 (--level_weights; ours). In
+    the paper all nodes weigh alike, so the last level, which has most of them, outweighs the rest.
+
+    parents: as for `tree_advantages`. A root, which is on no level, weighs 0.
+
+    >>> node_weights([-1, 0, 0, 1, 1, 2, 2])
+    [0.0, 1.5, 1.5, 0.75, 0.75, 0.75, 0.75]
+    """
+    depths = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    size = Counter(depth for depth in depths if depth)
+    return [size.total() / (len(size) * size[depth]) if depth else 0.0 for depth in depths]
 
 
 def trained_tokens(batch: Batch, cfg: Config) -> Tensor:
@@ -374,10 +399,12 @@ def credit_trees(model, tree: Tree, cfg: Config, compute=Compute()) -> Credit:
     values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
     samples, owners, answers = [], [], []
     inner = {*tree.parents}
+    weights = node_weights(tree.parents) if cfg.level_weights else [1.0] * len(tree.nodes)
     for i, (node, advantage) in enumerate(zip(tree.nodes, advantages)):
         root, *path = tree.path(i)
         if advantage:  # `score` below fills in the old log-probs
-            samples.append(Sample(node.prompt, node.ids, [advantage] * len(node.ids)))
+            # A weight of the advantage is one of the loss, which is linear in it, clip and all.
+            samples.append(Sample(node.prompt, node.ids, [advantage * weights[i]] * len(node.ids)))
             owners.append(root)
         if i not in inner:  # a leaf: an answer
             prompt = tree.nodes[root].prompt
@@ -638,6 +665,15 @@ def show_tree(
 # -------------------------------------------------------------------------------------- the run
 
 
+def updates_of(cfg: Config) -> int:
+    """Updates per round; of trees the most there can be, for only nodes with A != 0 train."""
+    answers = cfg.prompts * cfg.group_size
+    if cfg.variant == "tree":
+        answers = cfg.prompts * sum(accumulate(cfg.branching, operator.mul))
+        answers = min(answers, cfg.replay_total) if cfg.replay_age else answers
+    return cfg.epochs * math.ceil(answers / (cfg.batch_size or answers))
+
+
 def headline(cfg: Config, train: list[Problem]) -> str:
     how = f"partition {cfg.partition}"
     if cfg.variant == "tree":
@@ -653,7 +689,8 @@ def main() -> None:
     cfg, run, compute = setup.cfg, setup.run, setup.compute
     model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
+    updates = updates_of(cfg)  # a round
+    schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
     trainer = common.make_trainer(setup, optimizer, schedule)
     generator = trainer.generator
     reference = reference_policy(setup) if cfg.kl_coef else None

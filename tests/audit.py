@@ -236,9 +236,18 @@ def whole_answers(script) -> list:
 def learning_rate(script) -> float:
     cfg, done = state["setup"].cfg, state["updates"]
     rate = cfg.lr * min(1.0, done / cfg.warmup_updates)
-    if script.__name__ != "spo" and done > cfg.warmup_updates:
+    if done > cfg.warmup_updates:
         answers = cfg.prompts * (cfg.rollouts if script.__name__ == "reset_po" else cfg.group_size)
-        total = cfg.steps * cfg.epochs * answers // cfg.batch_size
+        if getattr(cfg, "variant", "") == "tree":  # as if all nodes of full trees were trained
+            answers = width = cfg.prompts
+            for children in cfg.branching:
+                width *= children
+                answers += width
+            answers -= cfg.prompts
+            if cfg.replay_age and answers > cfg.replay_total:
+                answers = cfg.replay_total
+        updates = cfg.epochs * math.ceil(answers / cfg.batch_size) if cfg.batch_size else cfg.epochs
+        total = cfg.steps * updates
         rate = cfg.lr * (total - done) / (total - cfg.warmup_updates)
     return rate
 
@@ -395,6 +404,10 @@ def count_tree(cfg, progress: dict) -> dict:
         starts = [len(a.rollout.whole) - len(a.rollout.ids) for a in leaf.path()]
         count_truth(problem_of(leaf.rollout.prompt_ids), leaf.rollout, starts, credits)
     kept = [node for node in nodes if node.credit]
+    if cfg.level_weights:  # those of answers, counted above, are without
+        size = Counter(len(node.path()) for node in nodes)
+        for node in kept:
+            node.credit *= len(nodes) / len(size) / size[len(node.path())]
     given = Counter(
         (tuple(s.context), tuple(s.ids), round(s.advantages[0], 6)) for s in seen["samples"]
     )

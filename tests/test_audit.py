@@ -19,6 +19,7 @@ AUDITED = [
     "--mask False",
     "spo --partition trajectory --group_size 4 --prompts 4 --batch_size 8 --dtype bf16",
     "spo --variant tree --segment_tokens 4 --branching 2 3 2 --prompts 3 --batch_size 5 --epochs 2",
+    "spo --variant tree --segment_tokens 4 --branching 3 2 --level_weights True --prompts 5",
     "spo --variant tree --segment_tokens 4 --scale_advantages True --prompts 4 --batch_size 0 "
     "--seed 1",
     "spo --variant tree --segment_tokens 4 --batch_size 8 --replay_age 3 --replay_nodes 3 "

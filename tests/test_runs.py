@@ -457,6 +457,7 @@ BAD = [  # arguments, and what the message must name
     ("--variant tree --replay_nodes 0", "--replay_nodes 0"),
     ("--replay_age 2", "--replay_age"),
     ("--scale_advantages True", "--scale_advantages"),
+    ("--level_weights True", "--level_weights"),
     ("--partition line", "line"),
     ("--kl_coef -1", "--kl_coef -1"),
     ("--kl_coef nan", "--kl_coef nan"),

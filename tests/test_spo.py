@@ -638,7 +638,7 @@ def test_a_tree_without_any_credit_trains_nothing(model, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("options", [{}, dict(scale_advantages=True), dict(mask=False)])
+@pytest.mark.parametrize("options", [{}, dict(scale_advantages=True), dict(mask=False), dict(level_weights=True)])
 def test_trees_and_update_together_raise_the_exact_expected_reward(model, monkeypatch, options):
     fake_rewards(monkeypatch)
     cfg = tree_config(prompts=8, branching=[3, 3], segment_tokens=2, lr=3e-3, **options)
@@ -663,6 +663,46 @@ def test_the_siblings_std_is_used_if_asked_for(model, monkeypatch):
     assert [s.ids for s in plain] == [s.ids for s in scaled]
     pairs = [(abs(s.advantages[0]), abs(t.advantages[0])) for s, t in zip(scaled, plain)]
     assert all(a > b for a, b in pairs)
+
+
+def test_levels_weigh_alike_if_asked_for(model, monkeypatch):
+    """Node by node from the definition: over the number of nodes of its level, scaled so that the
+    mean weight of all nodes is 1. Some nodes of the first level ended there, and have no child."""
+    parents = [-1, -1, 0, 0, 1, 1, 2, 2, 4, 4, 5, 5, 6, 6]
+    wanted = [0, 0] + [12 / 3 / 4] * 4 + [12 / 3 / 6] * 6 + [12 / 3 / 2] * 2
+    assert spo.node_weights(parents) == wanted and sum(wanted) == pytest.approx(12)
+    assert spo.node_weights([-1]) == [0.0]
+
+    fake_rewards(monkeypatch)
+    cfg = tree_config(branching=[3, 3], segment_tokens=2)
+    tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 4, cfg, torch.Generator().manual_seed(3))
+    plain = spo.credit_trees(model, tree, cfg)
+    cfg.level_weights = True
+    weighted = spo.credit_trees(model, tree, cfg)
+    assert len({len(s.context) > len(PROMPT) for s in plain.samples}) == 2  # both levels train
+    first = sum(parent in range(4) for parent in tree.parents)  # 4 is the number of roots
+    counts = [first, len(tree.nodes) - 4 - first]
+    for s, t in zip(plain.samples, weighted.samples, strict=True):
+        level = int(len(s.context) > len(PROMPT))
+        weight = sum(counts) / 2 / counts[level]
+        assert t.advantages == pytest.approx([weight * a for a in s.advantages])
+    assert weighted.answers == plain.answers  # what is shown is the credit itself
+
+
+@pytest.mark.parametrize(
+    "options, updates",
+    [
+        (dict(prompts=8, group_size=4), 1),
+        (dict(prompts=8, group_size=4, batch_size=8, epochs=3), 12),
+        (dict(variant="tree", prompts=5, branching=[2, 3]), 1),
+        (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, epochs=2), 8),  # of 40
+        (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, replay_age=1,
+              replay_total=30), 3),
+        (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, replay_age=2), 4),
+    ],
+)  # fmt: skip
+def test_the_schedule_ends_with_the_most_updates_a_run_can_have(options, updates):
+    assert spo.updates_of(spo.Config(**options)) == updates
 
 
 def reward_by_answer(monkeypatch):
@@ -1047,6 +1087,7 @@ def test_a_config_that_cannot_work_is_refused():
         dict(warmup_updates=-1), dict(partition="trajectory"), dict(branching=[2, 1]),
         dict(segment_tokens=0), dict(kl_coef=-1.0), dict(kl_coef=math.inf), dict(replay_age=-1),
         dict(replay_age=2), dict(scale_advantages=True), dict(variant="tree", group_size=2),
+        dict(level_weights=True),
         dict(variant="tree", partition="fixed"), dict(variant="tree", replay_nodes=0),
     ):  # fmt: skip
         with pytest.raises(BadInput):
