@@ -60,6 +60,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -1228,23 +1229,16 @@ def whole_text(ids: list[int], tokenizer) -> str:
 def text_lengths(ids: list[int], tokenizer) -> list[int]:
     """Characters of text that have been there after 0, 1, ... tokens: T + 1 numbers, ascending.
 
-    What a token adds shows beside the few before it: alone it may be part of a character, and the
+    What a token adds shows behind the few before it: alone it may be part of a character, and the
     first one may lose its space. Decoding every prefix would take time with the square of T.
     """
-    lengths, known, tail = [0], "", ""  # known + tail: the text so far
-    a, b, seen = 0, 0, 0  # known: that of ids[:b]; seen: characters of ids[a:b], decoded alone
-    for t in range(1, len(ids) + 1):
-        window = tokenizer.decode(ids[a:t], clean_up_tokenization_spaces=False)
-        tail = window.rstrip("\ufffd")[seen:]
-        lengths.append(max(lengths[-1], len(known) + len(tail)))
-        if t - b >= 3 and not window.endswith("\ufffd"):
-            known, tail = known + tail, ""
-            a, b = b, t
-            seen = len(tokenizer.decode(ids[a:b], clean_up_tokenization_spaces=False))
-    if known + tail != whole_text(ids, tokenizer):  # a byte that is no text has changed others
+    stream = DecodeStream(skip_special_tokens=False)
+    try:
+        pieces = [stream.step(tokenizer.backend_tokenizer, id) or "" for id in ids]
+    except Exception:  # one in Python alone, or a byte that is no text changes those before it
         prefixes = (len(whole_text(ids[:t], tokenizer)) for t in range(len(ids) + 1))
         return list(accumulate(prefixes, max))
-    return lengths
+    return list(accumulate(map(len, pieces), initial=0))
 
 
 # --------------------------------------------------------------------------------------- evaluation

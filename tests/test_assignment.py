@@ -60,6 +60,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from fractions import Fraction
 from bisect import bisect_left, bisect_right
+from itertools import accumulate
+from tokenizers.decoders import DecodeStream
 from contextlib import nullcontext
 
 class Compute:
