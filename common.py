@@ -171,25 +171,32 @@ def sample(
     queue.sort(key=lambda i: len(rollouts[i].prompt))
     was_training = model.training
     model.eval()
-    done = slow_bar(bar, len(queue), "answer")
+    lengths = [len(rollouts[i].prompt) + budgets[i] for i in queue]
+    # inference_mode is faster, but in it autocast casts every weight at every token.
+    low = compute.dtype != torch.float32
     try:
-        while queue:
-            lengths = (len(rollouts[i].prompt) + budgets[i] for i in queue)
-            longest = accumulate(lengths, max)  # of the first, the first two, ...: ascending
-            most = compute.sampling_tokens
-            fits = [size for size, length in enumerate(longest, 1) if size * length <= most]
-            size = max(fits, default=1)
-            chosen, queue = queue[:size], queue[size:]
-            batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
-            with compute.autocast(model.device):
-                # inference_mode is faster, but in it autocast casts every weight at every token.
-                low = torch.is_autocast_enabled(model.device.type)
-                with torch.no_grad() if low else torch.inference_mode():
-                    decode(model, *batch, eos, temperature, greedy, generator, done)
+        with slow_bar(bar, len(queue), "answer") as done:
+            for chosen in packed(queue, lengths, compute.sampling_tokens):
+                batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
+                with compute.autocast(model.device):
+                    with torch.no_grad() if low else torch.inference_mode():
+                        decode(model, *batch, eos, temperature, greedy, generator, done)
     finally:
-        done.close()
         model.train(was_training)
     return rollouts
+
+
+def packed(items: list, lengths: list[int], most: int) -> Iterator[list]:
+    """`items` in groups of at most `most` tokens, padding included; one that is longer alone."""
+    group, longest = [], 0
+    for item, length in zip(items, lengths):
+        longest = max(longest, length)
+        if group and (len(group) + 1) * longest > most:
+            yield group
+            group, longest = [], length
+        group.append(item)
+    if group:
+        yield group
 
 
 def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
@@ -489,16 +496,11 @@ def token_logprobs(
 
 def micro_batches(samples: list[Sample], max_tokens: int = 1 << 11) -> Iterator[list[Sample]]:
     """Samples of like length together, at most `max_tokens` wide x high, but at least one."""
-    micro = []
+    samples = sorted(samples, key=lambda s: len(s.context) + len(s.ids))
+    lengths = [len(s.context) + len(s.ids) for s in samples]
     label = "updating" if torch.is_grad_enabled() else "scoring"
     with slow_bar(label, len(samples), "row") as bar:
-        for s in sorted(samples, key=lambda s: len(s.context) + len(s.ids)):
-            if micro and (len(micro) + 1) * (len(s.context) + len(s.ids)) > max_tokens:
-                yield micro
-                bar.update(len(micro))
-                micro = []
-            micro.append(s)
-        if micro:
+        for micro in packed(samples, lengths, max_tokens):
             yield micro
             bar.update(len(micro))
 
