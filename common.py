@@ -735,13 +735,6 @@ def imitation_batch(run: "RunConfig", tokenizer, problems: list[Problem], step: 
     return [Sample(prompt_ids(tokenizer, p, below), solution_ids(tokenizer, p)) for p in batch]
 
 
-def own_policy(seed: int, device):
-    """(model, tokenizer) of the built-in policy, with random weights."""
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    return build_policy(len(tokenizer)).to(device).eval(), tokenizer
-
-
 def warm_start(
     run: "RunConfig", problems: list[Problem], model, tokenizer, compute: Compute = Compute()
 ) -> Path:
@@ -827,13 +820,9 @@ def load_policy(source: str | Path, device):
     template that does not work or weights that are not finite, or whose logits are more than
     lm_head(hidden state), which `token_logprobs` would not see.
     """
-    local = Path(source).is_dir()
-    if Path(source).is_file():
-        raise BadInput(f"--model {source}: is a file; what is read is the folder of a model")
+    local = Path(source).exists()
     if local and not Path(source, "config.json").is_file():
-        raise BadInput(f"--model {source}: there is no config.json in this folder")
-    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise BadInput(f"--model {source}: no such folder with a config.json, and no hub id")
+        raise BadInput(f"--model {source}: is no folder with a config.json in it")
     options, part = dict(trust_remote_code=False, local_files_only=local), "config.json"
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -1400,22 +1389,17 @@ def earlier_flags(parser: Parser, folder: Path, script: str) -> list[str]:
     if not path.is_file():
         raise BadInput(f"{folder} holds no run" if not folder.exists() else f"there is no {path}")
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise BadInput(f"{path} is damaged")
+        settings = {**json.loads(path.read_text("utf-8"))}
+    except (OSError, ValueError, TypeError):
+        raise BadInput(f"{path} is damaged") from None
     known = {action.dest for action in parser._actions} - {"help", "resume", "eval_only"}
-    known.add("problems")  # their fingerprint
-    if unlike := sorted(known ^ settings.keys()):
+    if unlike := sorted(settings.keys() ^ known ^ {"problems"}):  # beside them their fingerprint
         has = "has" if unlike[0] in settings else "lacks"
         raise BadInput(f"{path} is not of {script}.py: it {has} {printable(unlike[0])}")
+    del settings["problems"]
     flags = []
     for key, value in settings.items():
-        if key == "problems":
-            continue
-        many = isinstance(value, list)
-        flags += [f"--{key}", *map(str, value)] if many else [f"--{key}={value}"]
+        flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     try:
         parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except BadInput as error:
@@ -1557,10 +1541,6 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
 def run_folder(cfg, run: RunConfig) -> Path:
     """runs/<name>, after checking that this run may use it. Raises BadInput if it may not."""
     folder = Path("runs", run.name)
-    if folder.parent.is_symlink() and not folder.parent.exists():
-        raise BadInput("runs is a link to nowhere here, where the folder of all runs should be")
-    if folder.parent.exists() and not folder.parent.is_dir():
-        raise BadInput("runs is a file here, where the folder of all runs should be")
     if run.resume and (folder / "summary.json").exists():
         raise BadInput(f"--resume: {folder} is finished; its summary.json has the results")
     if run.resume:
@@ -1602,7 +1582,9 @@ def check_prompts(problems: list[Problem], tokenizer, instruction: str, longest:
 def first_policy(run: RunConfig, device):
     """(model, tokenizer) of --model, or else of the built-in policy before its warm start."""
     if not run.model:
-        return own_policy(run.seed, device)
+        tokenizer = build_tokenizer()
+        torch.manual_seed(run.seed)
+        return build_policy(len(tokenizer)).to(device).eval(), tokenizer
     if not Path(run.model).exists():
         say(f"model: {run.model}, from the hub or its cache here")
     return load_policy(run.model, device)
@@ -1670,23 +1652,19 @@ def make_trainer(setup: Setup, optimizer, schedule) -> Trainer:
 
 
 def begin(setup: Setup, trainer: Trainer, **counts) -> dict:
-    """The run's progress: where it stopped, or at its start, with `counts` in it and all saved."""
+    """The run's progress: where it stopped, or at its start, with `counts` in it. Then its folder
+    is made, with a first checkpoint, and appears whole or not at all."""
     if setup.run.resume:
         progress = resume(setup.folder, trainer)
     else:
         before = setup.evaluate()
         progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=before, **counts)
-        start_run(setup, trainer, progress)
+        settings = configuration(setup.cfg, setup.run) | dict(problems=setup.problems)
+        with new_folder(setup.folder) as tmp:
+            (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            save_checkpoint(tmp, trainer, progress)
     say(f"before: {describe(progress['before'])}")
     return progress
-
-
-def start_run(setup: Setup, trainer: Trainer, progress: dict) -> None:
-    """Make the run's folder, with its first checkpoint in it. It appears whole or not at all."""
-    with new_folder(setup.folder) as tmp:
-        settings = configuration(setup.cfg, setup.run) | dict(problems=setup.problems)
-        (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        save_checkpoint(tmp, trainer, progress)
 
 
 def training_steps(setup: Setup, trainer: Trainer, progress: dict):
@@ -1904,20 +1882,15 @@ class Outlet:
             self.stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        with self.closed_if_broken():
+        try:
             self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
     def flush(self) -> None:
-        with self.closed_if_broken():
-            self.stream.flush()
-
-    @contextmanager
-    def closed_if_broken(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        """`write` has done it."""
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -506,8 +506,8 @@ BAD = [  # arguments, and what the message must name
     ("--name mangled --resume", "runs/mangled/config.json is damaged"),
     ("--name stateless --resume", "runs/stateless/checkpoint/state.pt"),
     (NEW + "--model absent", "--model absent"),
-    (NEW + "--model rows.jsonl", "--model rows.jsonl: is a file; what is read is the folder"),
-    (NEW + "--model runs", "--model runs: there is no config.json in this folder"),
+    (NEW + "--model rows.jsonl", "--model rows.jsonl: is no folder with a config.json"),
+    (NEW + "--model runs", "--model runs: is no folder with a config.json in it"),
     (NEW + "--model no_weights", "--model no_weights: cannot load its weights"),
     (NEW + "--model no_tokenizer", "--model no_tokenizer: cannot load its tokenizer"),
     (NEW + "--model cut_weights", "--model cut_weights: cannot load its weights"),
@@ -568,7 +568,7 @@ def test_bad_input_to_a_fresh_interpreter_is_one_line_too(tmp_path):
 def test_a_file_in_the_place_of_the_runs_folder_is_one_line(run, tmp_path):
     (tmp_path / "runs").write_text("")
     done = run(*BASE)
-    assert (done.code, done.err.count("\n")) == (2, 1) and done.err.startswith("error: runs is a")
+    assert (done.code, done.err.count("\n")) == (2, 1) and done.err.startswith("error: runs/")
 
 
 def test_help_lists_every_setting(run, tmp_path):
