@@ -741,27 +741,48 @@ def warm_start(
     """Folder of the policy after `warm_start_steps` of supervised training, which is done to
     `model` in place; made once, then shared and reused.
 
-    A given model is trained by AdamW at `warm_start_lr`, which falls to 0. The built-in one learns
-    its task several times faster with Muon on the matrices and AdamW on the rest, and at higher
-    rates. The folder's name hashes all that shapes the result, and it appears by one rename, so a
-    killed warm start leaves none. Two runs may make the same one at once: what the first saves is
-    kept. Raises BadInput if the loss is not finite.
+    Its name hashes all that shapes the result, and it appears by one rename, so a killed warm start
+    leaves none. Two runs may make the same one at once: what the first saves is kept.
     """
-    device, steps = model.device, run.warm_start_steps
+    device = model.device
     if compute.dtype == torch.float16 or device.type == "cpu":  # no scaler here; bf16 is slow there
         compute = replace(compute, dtype=torch.float32)
     if not run.model:  # it fits anywhere, and what is shared must not depend on --training_tokens
         compute = replace(compute, training_tokens=training_tokens(device))
-    recipe = [run.seed, run.terms, steps, WRONG_FACTS, ERROR_RATE, device.type, str(compute.dtype)]
-    recipe += [[p[:2] for p in problems], weights_digest(model)]
-    recipe += [run.warm_start_lr] if run.model else []
-    recipe += [(s.context, s.ids) for s in imitation_batch(run, tokenizer, problems, 0)]
-    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    folder = Path("runs", "warm_start", name)
+    folder = Path("runs", "warm_start", recipe_hash(run, problems, model, tokenizer, compute))
     if folder.is_dir():
         say(f"warm start: {folder}, made earlier")
         return folder
+    imitate(run, problems, model, tokenizer, compute)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(Path("runs", ".warm_start.lock")):  # held only while one is saved
+        for left in folder.parent.glob(".*"):  # by one that was killed while it saved
+            shutil.rmtree(left)
+        if not folder.is_dir():
+            with new_folder(folder) as tmp:
+                model.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp)
+    return folder
 
+
+def recipe_hash(run: "RunConfig", problems, model, tokenizer, compute: Compute) -> str:
+    """Of all that shapes a warm start: settings, problems, weights, and the first batch."""
+    device, dtype, steps = model.device.type, str(compute.dtype), run.warm_start_steps
+    recipe = [run.seed, run.terms, steps, WRONG_FACTS, ERROR_RATE, device, dtype]
+    recipe += [run.warm_start_lr if run.model else None, [p[:2] for p in problems]]
+    recipe += [(s.context, s.ids) for s in imitation_batch(run, tokenizer, problems, 0)]
+    recipe += [model.config.to_dict() | {"_name_or_path": ""}]  # wherever it lies
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().numpy())
+    return digest.hexdigest()[:12]
+
+
+def imitate(run: "RunConfig", problems, model, tokenizer, compute: Compute) -> None:
+    """Supervised steps. A given model is trained by AdamW at `warm_start_lr`, which falls to 0. The
+    built-in one learns its task several times faster with Muon on the matrices and AdamW on the
+    rest, at higher rates. Raises BadInput if the loss is not finite."""
+    steps = run.warm_start_steps
     if run.model:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=run.warm_start_lr, weight_decay=0.0)]
         rising = steps // 10
@@ -778,35 +799,18 @@ def warm_start(
         samples = imitation_batch(run, tokenizer, problems, step)
         total, loss_sum = sum(len(s.ids) for s in samples), 0.0
         for micro in micro_batches(samples, compute.training_tokens):
-            loss = -token_logprobs(model, collate(micro, device), compute=compute).sum() / total
+            batch = collate(micro, model.device)
+            loss = -token_logprobs(model, batch, compute=compute).sum() / total
             loss.backward()
             loss_sum += loss.item()
         if not math.isfinite(loss_sum):
             bar.close()
             raise BadInput(f"the warm start's loss is {loss_sum}; a lower --warm_start_lr may help")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
+        model.zero_grad()
         bar.set_postfix(loss=f"{loss_sum:.3f}", refresh=False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(Path("runs", ".warm_start.lock")):  # held only while one is saved
-        for left in folder.parent.glob(".*"):  # by one that was killed while it saved
-            shutil.rmtree(left)
-        if not folder.is_dir():
-            with new_folder(folder) as tmp:
-                model.save_pretrained(tmp)
-                tokenizer.save_pretrained(tmp)
-    return folder
-
-
-def weights_digest(model) -> str:
-    config = model.config.to_dict() | {"_name_or_path": ""}  # wherever it lies
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().cpu().numpy())
-    return digest.hexdigest()
 
 
 def load_policy(source: str | Path, device):
@@ -936,12 +940,9 @@ def free_memory(device) -> int | None:
 
 def sampling_tokens(free: int | None, parameters: int, token_bytes: int) -> int:
     """How many tokens to sample from at once on a device with `free` bytes left beside the weights;
-    65,536 on a CPU (None), where more would be no faster.
-
-    Gradients and AdamW's two moments will take 12 bytes a parameter. Half of what then remains is
-    for keys and values, `token_bytes` a token; the other half for copies of them, which growing
-    takes, for activations and for logits.
-    """
+    65,536 on a CPU (None), where more would be no faster. 12 bytes a parameter are for gradients
+    and AdamW's moments, half of the rest for keys and values, `token_bytes` a token: growing them
+    takes copies, and there are activations and logits."""
     return 1 << 16 if free is None else max(1, (free - 12 * parameters) // 2 // token_bytes)
 
 
@@ -1569,14 +1570,11 @@ def fingerprint(problems: list[Problem]) -> str:
 def check_prompts(problems: list[Problem], tokenizer, instruction: str, longest: int) -> None:
     """Raises BadInput for a prompt that leaves no room for an answer in a window of `longest`."""
     around = len(prompt_ids(tokenizer, Problem("", "", ""), instruction))
-    for problem in problems:
-        if around + 4 * len(problem.question.encode()) < longest:
-            continue  # no tokenizer makes more of it, and most texts are short
-        if (length := len(prompt_ids(tokenizer, problem, instruction))) >= longest:
-            raise BadInput(
-                f"a prompt of {length} tokens exceeds the model's window of {longest}: "
-                f"{problem.question[:40]!r}..."
-            )
+    for p in problems:  # no tokenizer makes more than four tokens of a byte
+        if around + 4 * len(p.question.encode()) >= longest:
+            if (length := len(prompt_ids(tokenizer, p, instruction))) >= longest:
+                long = f"a prompt of {length} tokens exceeds the model's window of {longest}"
+                raise BadInput(f"{long}: {p.question[:40]!r}...")
 
 
 def first_policy(run: RunConfig, device):
