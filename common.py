@@ -154,9 +154,7 @@ def sample(
 
     max_new_tokens: one budget, or one per prefix. bar: what to call it if it takes long. Draws from
     softmax(logits / temperature) over the whole vocabulary, whatever the checkpoint's
-    generation_config says: the sampled policy is the scored one. Raises ValueError for an empty
-    prefix, n < 1, a temperature that is not above 0, a number of budgets that is not one per
-    prefix, or more positions than the model has.
+    generation_config says: the sampled policy is the scored one.
     """
     one = isinstance(max_new_tokens, int)
     budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)
@@ -379,11 +377,8 @@ class KeyValues(DynamicCache):
 
 
 def cache_keyword(model) -> str:
-    """The name that the installed transformers has for keys and values kept from earlier tokens.
-
-    By the model's signature: many models swallow a keyword that they do not know, and would go on
-    without their context. Raises ValueError for a model that takes none.
-    """
+    """The name that the installed transformers has for keys and values kept from earlier tokens: by
+    the model's signature, for many swallow a keyword that they do not know, and lose context."""
     known = inspect.signature(model.base_model.forward).parameters
     for name in ("cache", "past_key_values"):
         if name in known:
@@ -820,9 +815,7 @@ def load_policy(source: str | Path, device):
     The model stays in eval mode: with dropout on, old and new log-probs would be those of two
     different networks. Of its generation_config only the ids that end an answer are kept: the rest
     shapes other people's sampling, and not all of it can be saved again. Raises BadInput for what
-    lacks config, tokenizer or weights, is no text-only decoder of attention alone, has a chat
-    template that does not work or weights that are not finite, or whose logits are more than
-    lm_head(hidden state), which `token_logprobs` would not see.
+    is not whole, or not what `sample` and `token_logprobs` take a model to be.
     """
     local = Path(source).exists()
     if local and not Path(source, "config.json").is_file():
@@ -1588,6 +1581,12 @@ def first_policy(run: RunConfig, device):
     return load_policy(run.model, device)
 
 
+def starting_policy(run: RunConfig, train: list[Problem], device, compute: Compute):
+    """(model, tokenizer) that the run begins to learn with."""
+    model, tokenizer = first_policy(run, device)
+    return warm_started(run, train, model, tokenizer, compute)
+
+
 def warm_started(run: RunConfig, train: list[Problem], model, tokenizer, compute: Compute):
     """(model, tokenizer) after the warm start, if the run has one; `model` is used up."""
     if run.model and not run.warm_start_steps:
@@ -2008,9 +2007,3 @@ def printable(text: str) -> str:
     """`text` without control characters but line breaks: what a policy samples must not steer the
     terminal."""
     return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
-
-
-def fit(text: str, room: int) -> str:
-    """`text` without control characters, cut to `room` characters."""
-    room = max(1, room)
-    return printable(text) if len(text) <= room else printable(text[: room - 1]) + "…"

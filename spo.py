@@ -452,8 +452,7 @@ def reference_policy(setup: common.Setup):
     run, device = setup.run, setup.model.device
     if not run.resume:
         return copy.deepcopy(setup.model).requires_grad_(False)
-    model, tokenizer = common.first_policy(run, device)
-    model, _ = common.warm_started(run, setup.train, model, tokenizer, setup.compute)
+    model, _ = common.starting_policy(run, setup.train, device, setup.compute)
     return model.requires_grad_(False)
 
 
@@ -643,7 +642,7 @@ def show_tree(
     rewards = [node.reward for node in tree.nodes]
     values, advantages = tree_advantages(tree.parents, rewards, cfg.scale_advantages)
     tail = f", V {values[owner]:.2f}"
-    lines = [common.fit(common.problem_title(problem), width - len(tail)) + tail]
+    lines = [fit(common.problem_title(problem), width - len(tail)) + tail]
     paths = {i: tree.path(i) for i in range(len(tree.nodes))}
     below = [i for i, path in paths.items() if path[0] == owner and i != owner]
     for i in sorted(below, key=paths.get):  # depth first
@@ -655,11 +654,17 @@ def show_tree(
         mark = "!" if wrong is not None and wrong >= len(ids) - len(node.ids) else " "
         indent = "    " * (len(paths[i]) - 1)
         head = f"{indent}V {values[i]:.2f} A {advantages[i]:+.2f} {mark} "
-        text = common.fit(tokenizer.decode(node.ids).replace("\n", " / "), width - len(head))
+        text = fit(tokenizer.decode(node.ids).replace("\n", " / "), width - len(head))
         lines.append(head + (common.paint(text, advantages[i]) if colour else text))
     if problem.checkable:
         lines.append("  ! the first wrong token is in this node")
     return "\n".join(lines)
+
+
+def fit(text: str, room: int) -> str:
+    """`text` without control characters, cut to `room` characters."""
+    text, room = common.printable(text), max(1, room)
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 # -------------------------------------------------------------------------------------- the run

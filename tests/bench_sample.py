@@ -46,8 +46,7 @@ def policy(shape: str = ""):
     run = common.RunConfig()
     problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
     if not shape:
-        model, tokenizer = common.first_policy(run, DEVICE)
-        return *common.warm_started(run, problems, model, tokenizer, HERE), problems
+        return *common.starting_policy(run, problems, DEVICE, HERE), problems
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(memory.config(shape)).to(DEVICE).eval()
     return model, common.build_tokenizer(), problems

@@ -508,8 +508,7 @@ def test_layers_are_recomputed_in_the_warm_start_too(folders, monkeypatch):
         settings = common.RunConfig(
             model=str(folders["qwen2"]), warm_start_steps=1, gradient_checkpointing=on
         )
-        policy = common.first_policy(settings, torch.device("cpu"))
-        common.warm_started(settings, [], *policy, common.Compute())
+        common.starting_policy(settings, [], torch.device("cpu"), common.Compute())
     assert seen == [True, False]
 
 
@@ -519,8 +518,7 @@ def test_the_reference_of_a_resumed_run_is_its_warm_started_model(folders, tmp_p
     options = dict(data="rows.jsonl", model=str(folders["qwen2"]), warm_start_steps=2)
     settings = common.RunConfig(name="x", resume=True, **options)
     train = common.load_problems("rows.jsonl", "train")
-    model, tokenizer = common.first_policy(settings, torch.device("cpu"))
-    started, _ = common.warm_started(settings, train, model, tokenizer, common.Compute())
+    started, _ = common.starting_policy(settings, train, torch.device("cpu"), common.Compute())
     trained = common.load_policy(folders["qwen2"], "cpu")[0]
     setup = SimpleNamespace(run=settings, model=trained, train=train, compute=common.Compute())
     reference = spo.reference_policy(setup)
