@@ -239,7 +239,10 @@ def test_on_a_full_disk_the_last_checkpoint_stays_whole_and_resumes(base, warm, 
 
 
 UNWRITABLE = {  # what is in the way, and the words that name it
-    "a link to nowhere": ("os.symlink('nowhere/at/all', 'runs')", "runs cannot be written: File exists"),
+    "a link to nowhere": (
+        "os.symlink('nowhere/at/all', 'runs')",
+        "runs cannot be written: File exists",
+    ),
     "a file as warm_start": ("os.mkdir('runs'); open('runs/warm_start', 'w')", "runs/warm_start"),
     "a folder as lock": ("os.makedirs('runs/.spo.lock')", "runs/.spo.lock cannot be written"),
     "no room": (
