@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch
 import common
 import mpo
 from common import BadInput, Sample
-from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs, exact_values, fake_rewards
-from tiny_policy import flat_grad, log_prob, reward_of, rollouts_of, true_gradient
+from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs
+from tiny_policy import assert_epochs_use_each_sample_once, assert_means_over_the_steps
+from tiny_policy import constant_rate, exact_values, fake_rewards, flat_grad, log_prob
+from tiny_policy import off_policy_samples, reward_of, rollouts_of, token_count, true_gradient
 
 torch.set_num_threads(1)
 
@@ -424,16 +427,9 @@ def test_credit_is_grpos_advantage_on_every_token(model):
 # ------------------------------------------------------------------------------- loss and update
 
 
-def random_samples(model, count=9, temperature=1.0, seed=0):
-    rng = random.Random(seed)
-    samples = []
-    for answer in rng.sample(all_answers(), count):
-        logprobs = log_prob(model, answer, temperature).detach()
-        moved = [p + rng.uniform(-0.5, 0.5) for p in logprobs.tolist()]
-        advantages = [rng.choice((-1.0, -0.25, 0.5))] * len(answer)
-        samples.append(Sample(PROMPT, list(answer), advantages, moved))
-    samples.append(Sample(PROMPT, [2, 2, 2, 2], [0.0] * 4, [-1.0] * 4))  # no signal, counts in N
-    return samples
+random_samples = partial(
+    off_policy_samples, lambda rng, answer: [rng.choice((-1.0, -0.25, 0.5))] * len(answer)
+)
 
 
 def slow_terms(model, s, cfg):
@@ -477,8 +473,7 @@ def test_an_update_follows_the_slow_loss_at_any_micro_batch(model, monkeypatch, 
     model.zero_grad()
     true_micro_batches = common.micro_batches
     monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1.0)
     last = {}
     metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed", last)
     for p, q in zip(model.parameters(), expected):
@@ -511,8 +506,7 @@ def test_metrics_set_the_token_ratio_beside_the_block_ratio(model, case):
     def variance(x):
         return torch.tensor(x, dtype=torch.float64).var(correction=0).item()
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1e-9)
     metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
     assert 0 < sum(token_cut) < len(token_cut) and 0 < sum(block_cut) < len(block_cut)
     assert metrics["kl"] == pytest.approx(sum(kl) / len(kl), abs=1e-5)
@@ -525,42 +519,18 @@ def test_metrics_set_the_token_ratio_beside_the_block_ratio(model, case):
         assert metrics["block_clip"] == metrics["token_clip"]
 
 
-def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model, monkeypatch):
-    seen = []
-    true_loss = mpo.mpo_loss
-
-    def spy(log_ratio, batch, normaliser, cfg):
-        seen.append([tuple(row[m].tolist()) for row, m in zip(batch.targets, batch.mask)])
-        assert normaliser == sum(map(len, seen[-1]))  # one micro-batch a minibatch
-        return true_loss(log_ratio, batch, normaliser, cfg)
-
-    monkeypatch.setattr(mpo, "mpo_loss", spy)
+def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model):
     samples = random_samples(model, 8)[:8]
     cfg = mpo.Config(prompts=4, group_size=2, batch_size=4, epochs=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    mpo.update(model, optimizer, schedule, samples, cfg, "seed")
-    whole = sorted(tuple(s.ids) for s in samples)
-    assert sorted(seen[0] + seen[1]) == whole and sorted(seen[2] + seen[3]) == whole
-    assert set(seen[0]) != set(seen[2])
-    assert schedule.get_last_lr() == [1e-3 / 16]  # four optimiser steps
+    assert_epochs_use_each_sample_once(mpo, "mpo_loss", token_count, model, samples, cfg)
 
 
 def test_loss_and_norm_are_means_over_the_optimiser_steps(model):
     samples = random_samples(model)[:8]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1e-9)
     cfg = mpo.Config(prompts=4, group_size=2, batch_size=4)
     metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
-    order = random.Random("seed-0").sample(samples, 8)
-    losses, norms = [], []
-    for half in (order[:4], order[4:]):
-        model.zero_grad()
-        losses.append(slow_loss(model, half, cfg))
-        losses[-1].backward()
-        norms.append(flat_grad(model).norm().item())
-    assert metrics["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
-    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+    assert_means_over_the_steps(metrics, partial(slow_loss, cfg=cfg), model, samples)
 
 
 def test_the_variance_of_far_ratios_is_that_of_the_ratios_in_the_loss(model):
@@ -568,8 +538,7 @@ def test_the_variance_of_far_ratios_is_that_of_the_ratios_in_the_loss(model):
     for s in samples:
         s.old_logprobs = [p - 3.0 for p in s.old_logprobs]
     samples[0].old_logprobs[0] -= 100.0  # e^100 is cut to e^10
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1e-9)
     cfg = mpo.Config(prompts=5, group_size=2, batch_size=10, block_size=1)
     metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed")
     ratios = []
@@ -585,8 +554,7 @@ def test_only_from_the_second_update_on_do_ratios_leave_one(model):
     samples = random_samples(model)
     common.score(model, samples, 1.0)
     for epochs, moved in ((1, False), (2, True)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        optimizer, schedule = constant_rate(model, 0.1)
         cfg = mpo.Config(prompts=5, group_size=2, batch_size=10, epochs=epochs)
         last = {}
         metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed", last)
@@ -598,8 +566,7 @@ def test_only_from_the_second_update_on_do_ratios_leave_one(model):
 def test_a_batch_without_signal_changes_nothing(model):
     samples = [Sample(PROMPT, [0, 1], [0.0, 0.0], [-1.0, -1.0])] * 2
     before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 0.1, torch.optim.AdamW)
     cfg = mpo.Config(prompts=1, group_size=2, batch_size=2)
     last = {}
     metrics = mpo.update(model, optimizer, schedule, samples, cfg, "seed", last)
@@ -612,8 +579,7 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(model, monke
     fake_rewards(monkeypatch)
     case = {**case, "temperature": 1.0}
     cfg = mpo.Config(prompts=8, group_size=8, batch_size=32, lr=3e-3, **case)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, cfg.lr, torch.optim.AdamW)
     generator = torch.Generator().manual_seed(0)
     before = exact_values(model)[()]
     for step in range(15):

@@ -15,8 +15,9 @@ import common
 import reset_po
 from common import BadInput, Problem, Rollout, Sample
 from test_models import byte_level_bpe
-from tiny_policy import END, HORIZON, PROMPT, all_answers, exact_values, fake_rewards, flat_grad
-from tiny_policy import log_prob, reward_of
+from tiny_policy import END, HORIZON, PROMPT, all_answers, assert_epochs_use_each_sample_once
+from tiny_policy import assert_means_over_the_steps, constant_rate, exact_values, fake_rewards
+from tiny_policy import flat_grad, log_prob, reward_of
 
 torch.set_num_threads(1)
 
@@ -782,8 +783,7 @@ def slow_loss(model, samples, clip_eps=0.0, temperature=1.0, count=None):
 
 
 def trainer(model, lr=1.0):
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    return model, *constant_rate(model, lr)
 
 
 @pytest.mark.parametrize("clip_eps", [0.0, 0.2])
@@ -816,15 +816,7 @@ def test_loss_and_norm_are_means_over_the_optimiser_steps(model):
     samples = samples_with_prefixes(model)[:8]
     cfg = reset_po.Config(prompts=1, batch_size=4)
     metrics = reset_po.update(*trainer(model, lr=1e-9), samples, cfg, "seed")
-    order = random.Random("seed-0").sample(samples, 8)
-    losses, norms = [], []
-    for half in (order[:4], order[4:]):
-        model.zero_grad()
-        losses.append(slow_loss(model, half)[0])
-        losses[-1].backward()
-        norms.append(flat_grad(model).norm().item())
-    assert metrics["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
-    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+    assert_means_over_the_steps(metrics, lambda *x: slow_loss(*x)[0], model, samples)
 
 
 def gradient(model, samples, normaliser, clip_eps=0.0):
@@ -882,32 +874,17 @@ def test_an_all_equal_group_changes_nothing(model):
     reset_po.credit_group(samples, rollouts)
     assert not any(a for s in samples for a in s.advantages)
     before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 0.1, torch.optim.AdamW)
     cfg = reset_po.Config(prompts=1, fresh=4, method="grpo", resets=0, batch_size=4)
     metrics = reset_po.update(model, optimizer, schedule, samples, cfg, "seed")
     assert not any(metrics.values())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
-def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model, monkeypatch):
-    seen, true_loss = [], reset_po.reset_loss
-
-    def spy(logprobs, batch, normaliser, clip_eps):
-        seen.append([tuple(row[m].tolist()) for row, m in zip(batch.targets, batch.mask)])
-        assert normaliser == len(seen[-1]) == 4
-        return true_loss(logprobs, batch, normaliser, clip_eps)
-
-    monkeypatch.setattr(reset_po, "reset_loss", spy)
+def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model):
     samples = samples_with_prefixes(model)[:8]
     cfg = reset_po.Config(prompts=1, batch_size=4, epochs=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    reset_po.update(model, optimizer, schedule, samples, cfg, "seed")
-    whole = sorted(tuple(s.ids) for s in samples)
-    assert sorted(seen[0] + seen[1]) == whole and sorted(seen[2] + seen[3]) == whole
-    assert set(seen[0]) != set(seen[2])
-    assert schedule.get_last_lr() == [1e-3 / 16]
+    assert_epochs_use_each_sample_once(reset_po, "reset_loss", len, model, samples, cfg)
 
 
 @pytest.mark.parametrize(
@@ -923,8 +900,7 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(model, monke
     monkeypatch.setattr(reset_po, "step_starts", lambda ids, *_: list(range(len(ids))))
     monkeypatch.setattr(common, "first_wrong_token", lambda *_: None)
     cfg = reset_po.Config(prompts=8, batch_size=32, lr=3e-3, max_new_tokens=HORIZON, **case)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, cfg.lr, torch.optim.AdamW)
     generator = torch.Generator().manual_seed(0)
     problems, before = [Problem("", "", "")] * 8, exact_values(model)[()]
     for step in range(20):

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 import common
 import spo
 from common import BadInput, Rollout, Sample
-from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs, exact_values, fake_rewards
-from tiny_policy import flat_grad, log_prob, reward_of, rollouts_of, true_gradient
+from tiny_policy import END, HORIZON, PROMPT, all_answers, all_log_probs
+from tiny_policy import assert_epochs_use_each_sample_once, constant_rate, exact_values
+from tiny_policy import fake_rewards, flat_grad, log_prob, off_policy_samples, reward_of
+from tiny_policy import rollouts_of, token_count, true_gradient
 
 torch.set_num_threads(1)
 
@@ -276,16 +279,9 @@ def test_trajectory_partition_is_grpo_without_std(model):
 # ------------------------------------------------------------------------------- loss and update
 
 
-def random_samples(model, count=9, temperature=1.0, seed=0):
-    rng = random.Random(seed)
-    samples = []
-    for answer in rng.sample(all_answers(), count):
-        logprobs = log_prob(model, answer, temperature).detach()
-        moved = [p + rng.uniform(-0.5, 0.5) for p in logprobs.tolist()]
-        advantages = [rng.choice((-1.0, -0.25, 0.0, 0.5)) for _ in answer]
-        samples.append(Sample(PROMPT, list(answer), advantages, moved))
-    samples.append(Sample(PROMPT, [2, 2, 2, 2], [0.0] * 4, [-1.0] * 4))  # no signal, counts in Z
-    return samples
+random_samples = partial(
+    off_policy_samples, lambda rng, answer: [rng.choice((-1.0, -0.25, 0.0, 0.5)) for _ in answer]
+)
 
 
 def slow_loss(model, samples, cfg):
@@ -320,8 +316,7 @@ def test_an_update_follows_the_slow_loss_whatever_the_micro_batches(
     model.zero_grad()
     true_micro_batches = common.micro_batches
     monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1.0)
     metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed")
     for p, q in zip(model.parameters(), expected):
         assert torch.allclose(p, q, atol=1e-5)
@@ -339,33 +334,17 @@ def test_metrics_of_an_update_are_means_over_trained_tokens(model):
                     ratio = math.exp(new - old)
                     kl.append(ratio - 1 - (new - old))
                     clipped.append((a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1e-9)
     metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed")
     assert 0 < sum(clipped) < len(clipped)
     assert metrics["kl"] == pytest.approx(sum(kl) / len(kl), abs=1e-5)
     assert metrics["clip_fraction"] == pytest.approx(sum(clipped) / len(clipped), abs=1e-9)
 
 
-def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model, monkeypatch):
-    seen = []
-    true_loss = spo.spo_loss
-
-    def spy(logprobs, batch, mask, normaliser, clip_eps):
-        seen.append([tuple(row[m].tolist()) for row, m in zip(batch.targets, batch.mask)])
-        assert normaliser == sum(map(len, seen[-1]))  # one micro-batch a minibatch, mask off
-        return true_loss(logprobs, batch, mask, normaliser, clip_eps)
-
-    monkeypatch.setattr(spo, "spo_loss", spy)
+def test_each_epoch_uses_each_sample_once_in_minibatches_of_its_own_order(model):
     samples = [s for s in random_samples(model, 12) if any(s.advantages)][:8]
     cfg = spo.Config(prompts=8, batch_size=4, epochs=2, mask=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    spo.update(model, optimizer, schedule, samples, cfg, "seed")
-    whole = sorted(tuple(s.ids) for s in samples)
-    assert sorted(seen[0] + seen[1]) == whole and sorted(seen[2] + seen[3]) == whole
-    assert set(seen[0]) != set(seen[2])
-    assert schedule.get_last_lr() == [1e-3 / 16]  # four optimiser steps
+    assert_epochs_use_each_sample_once(spo, "spo_loss", token_count, model, samples, cfg)
 
 
 def test_a_batch_with_nothing_to_train_changes_nothing(model):
@@ -373,8 +352,7 @@ def test_a_batch_with_nothing_to_train_changes_nothing(model):
     idle = [Sample(PROMPT, [0, 1], [0.0, 0.0], [-1.0, -1.0])]  # no advantage
     for samples in (sure, idle, sure + idle):
         before = [p.clone() for p in model.parameters()]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        optimizer, schedule = constant_rate(model, 0.1, torch.optim.AdamW)
         cfg = spo.Config(prompts=len(samples), batch_size=len(samples))
         metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed")
         assert metrics["loss"] == 0 and all(math.isfinite(x) for x in metrics.values())
@@ -404,8 +382,7 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(
         partition=partition, mask=mask, prompts=8, group_size=8, batch_size=32, lr=3e-3,
         continuations=2, max_new_tokens=HORIZON,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, cfg.lr, torch.optim.AdamW)
     generator = torch.Generator().manual_seed(0)
     before = exact_values(model)[()]
     options = dict(max_new_tokens=HORIZON, eos={END}, generator=generator)
@@ -631,8 +608,7 @@ def test_a_tree_without_any_credit_trains_nothing(model, monkeypatch):
     credit = spo.credit_trees(model, tree, cfg)
     assert (credit.samples, credit.entropy, credit.accuracy) == ([], 0.0, 1.0)
     before = [p.clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 0.1, torch.optim.AdamW)
     metrics = spo.update(model, optimizer, schedule, [], cfg, "seed")
     assert all(value == 0 for value in metrics.values())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
@@ -642,8 +618,7 @@ def test_a_tree_without_any_credit_trains_nothing(model, monkeypatch):
 def test_trees_and_update_together_raise_the_exact_expected_reward(model, monkeypatch, options):
     fake_rewards(monkeypatch)
     cfg = tree_config(prompts=8, branching=[3, 3], segment_tokens=2, lr=3e-3, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, cfg.lr, torch.optim.AdamW)
     generator = torch.Generator().manual_seed(0)
     before = exact_values(model)[()]
     for step in range(25):
@@ -880,8 +855,7 @@ def test_the_kl_pulls_towards_the_reference_over_all_samples(model, monkeypatch,
     model.zero_grad()
     true_micro_batches = common.micro_batches
     monkeypatch.setattr(common, "micro_batches", lambda rows, _: true_micro_batches(rows, width))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optimizer, schedule = constant_rate(model, 1.0)
     metrics = spo.update(model, optimizer, schedule, samples, cfg, "seed", reference)
     for p, q in zip(model.parameters(), expected):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-5)
@@ -905,8 +879,7 @@ def test_minibatches_share_the_samples_evenly(model, monkeypatch):
     samples = [s for s in random_samples(model, 14) if any(s.advantages)][:11]
     for batch_size, expected in ((4, [4, 4, 3]), (0, [11]), (11, [11]), (20, [11]), (5, [4, 4, 3])):
         cfg = tree_config(batch_size=batch_size)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        optimizer, schedule = constant_rate(model, 1e-9)
         spo.update(model, optimizer, schedule, samples, cfg, "seed")
         assert sorted(seen, reverse=True) == expected and len(sizes) == len(expected)
         seen.clear(), sizes.clear()

@@ -3,11 +3,12 @@
 import itertools
 import random
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
-from common import Rollout
+from common import Rollout, Sample
 
 # A policy over 4 tokens, of which 3 ends an answer, and answers of at most 4 tokens: 81 + 40 of
 # them, so that every value, advantage and gradient is known exactly.
@@ -82,3 +83,59 @@ def fake_rewards(monkeypatch):
 
 def rollouts_of(answers):
     return [Rollout(PROMPT, list(a), a[-1] == END, reward_of(a)) for a in answers]
+
+
+def off_policy_samples(credit, model, count=9, temperature=1.0, seed=0) -> list[Sample]:
+    """Random answers, each with credit(rng, answer), sampled by a policy that is a little other."""
+    rng = random.Random(seed)
+    samples = []
+    for answer in rng.sample(all_answers(), count):
+        logprobs = log_prob(model, answer, temperature).detach()
+        moved = [p + rng.uniform(-0.5, 0.5) for p in logprobs.tolist()]
+        samples.append(Sample(PROMPT, list(answer), credit(rng, answer), moved))
+    samples.append(Sample(PROMPT, [2, 2, 2, 2], [0.0] * 4, [-1.0] * 4))  # no signal, but counts
+    return samples
+
+
+def token_count(rows) -> int:
+    return sum(map(len, rows))
+
+
+def constant_rate(model, lr, kind=torch.optim.SGD):
+    """(optimizer, schedule)"""
+    optimizer = kind(model.parameters(), lr=lr, weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def assert_epochs_use_each_sample_once(script, loss, normaliser, model, samples, cfg) -> None:
+    """Two epochs over 8 samples, in minibatches of 4 and an order of their own. loss: the name of
+    the script's; normaliser(ids of a minibatch): what it has to be given."""
+    seen, true_loss = [], getattr(script, loss)
+
+    def spy(logs, batch, *rest):
+        seen.append([tuple(row[m].tolist()) for row, m in zip(batch.targets, batch.mask)])
+        assert rest[-2] == normaliser(seen[-1])  # one micro-batch a minibatch
+        return true_loss(logs, batch, *rest)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, loss, spy)
+        script.update(model, optimizer, schedule, samples, cfg, "seed")
+    whole = sorted(tuple(s.ids) for s in samples)
+    assert sorted(seen[0] + seen[1]) == whole and sorted(seen[2] + seen[3]) == whole
+    assert set(seen[0]) != set(seen[2])
+    assert schedule.get_last_lr() == [1e-3 / 16]  # four optimiser steps
+
+
+def assert_means_over_the_steps(metrics, slow_loss, model, samples) -> None:
+    """Of two steps, on the halves of 8 samples in the order of the shuffle "seed"."""
+    order = random.Random("seed-0").sample(samples, 8)
+    losses, norms = [], []
+    for half in (order[:4], order[4:]):
+        model.zero_grad()
+        losses.append(slow_loss(model, half))
+        losses[-1].backward()
+        norms.append(flat_grad(model).norm().item())
+    assert metrics["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
