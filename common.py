@@ -175,10 +175,10 @@ def sample(
     try:
         with slow_bar(bar, len(queue), "answer") as done:
             for chosen in packed(queue, lengths, compute.sampling_tokens):
-                batch = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
+                parts, rooms = [rollouts[i] for i in chosen], [budgets[i] for i in chosen]
                 with compute.autocast(model.device):
                     with torch.no_grad() if low else torch.inference_mode():
-                        decode(model, *batch, eos, temperature, greedy, generator, done)
+                        decode(model, parts, rooms, eos, temperature, greedy, generator, done)
     finally:
         model.train(was_training)
     return rollouts
@@ -241,8 +241,9 @@ def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -
 def forward(model, ids: Tensor, mask: Tensor, position: Tensor, past: dict) -> Tensor:
     """(S, L, H) hidden states of ids (S, L), which stand behind what `past` holds: the cache, by
     the name that the model has for it. mask: (S, kept + L), 0 at padding. position: (S, L)."""
-    options = dict(attention_mask=mask, position_ids=position, use_cache=True)
-    return model.base_model(ids, **options, **past).last_hidden_state
+    return model.base_model(
+        ids, attention_mask=mask, position_ids=position, use_cache=True, **past
+    ).last_hidden_state
 
 
 def prefill(model, prefixes: list[tuple[int, ...]], past: dict, cache: "KeyValues"):
@@ -1429,8 +1430,9 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
         earlier = earlier_flags(parser, Path("runs", given.name), script)
         # What is to be evaluated is not the --model that the run began from.
         typed = [*earlier, *(["--model="] if given.eval_only else []), *typed]
-    options = dict(return_remaining_strings=True, look_for_args_file=False)
-    cfg, run, unknown = parser.parse_args_into_dataclasses(typed, **options)
+    cfg, run, unknown = parser.parse_args_into_dataclasses(
+        typed, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         raise BadInput(f"unknown argument {unknown[0]} (--help lists them all)")
     if not run.name:
@@ -1464,7 +1466,7 @@ class Setup(NamedTuple):
     folder: Path  # runs/<name>
     lock: filelock.BaseFileLock | None  # held as long as this is kept
     train: list[Problem]
-    problems: str  # fingerprint of these and of those held out
+    problems: str  # a hash of these and of those held out
     model: object
     tokenizer: object
     instruction: str  # below each question
@@ -1487,7 +1489,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     folder = run_folder(cfg, run)
     train = load_problems(run.data, "train", None, run.seed, run.terms)
     test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
-    problems = fingerprint(train + test)
+    problems = hashlib.sha256(json.dumps(train + test).encode()).hexdigest()[:12]
     if run.resume and problems != json.loads((folder / "config.json").read_text())["problems"]:
         raise BadInput(f"--resume: the problems of --data {run.data} have changed since it began")
     title = headline(cfg, train)
@@ -1554,10 +1556,6 @@ def configuration(cfg, run: RunConfig) -> dict:
     """What config.json holds: every setting that shapes the run."""
     settings = {**vars(cfg), **vars(run)}
     return {key: settings[key] for key in settings if key not in ("resume", "eval_only")}
-
-
-def fingerprint(problems: list[Problem]) -> str:
-    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:12]
 
 
 def check_prompts(problems: list[Problem], tokenizer, instruction: str, longest: int) -> None:
