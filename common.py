@@ -1711,41 +1711,28 @@ def log_step(
 
 
 FEW = 64  # answers: if they all fail, less than 1 in 20 is right
+FORM = "the form that --prompt asks for (--warm_start_steps teaches it)"
+NO_FORM = f"ended without a final answer in {FORM}"
+CUT = "were cut by their budget (--max_new_tokens)"
+WRONG = "were wrong (easier --data, as --terms 3 is, or a stronger --model)"
 
 
 def warn_if_no_reward(setup: Setup, step: int, progress: dict, answers: list[Rollout]) -> None:
     """Say once, after FEW answers or three steps without a reward, what became of them and which
     settings would help. Keeps count in `progress` until then."""
-    counts = progress.setdefault("failed", dict(answers=0, cut=0, no_form=0))
+    counts = progress.setdefault("failed", {NO_FORM: 0, CUT: 0, WRONG: 0})
     if counts is None:
         return
-    counts["answers"] += len(answers)
-    counts["cut"] += sum(not r.finished for r in answers)
-    counts["no_form"] += sum(r.finished and not in_form(r, setup.tokenizer) for r in answers)
-    if any(r.reward for r in answers):
-        progress["failed"] = None
-    elif counts["answers"] >= FEW or step + 1 == min(3, setup.cfg.steps):
-        progress["failed"] = None
-        tqdm.write(printable(why_no_reward(**counts)))
-
-
-def why_no_reward(answers: int, cut: int, no_form: int) -> str:
-    """In words, the most frequent first: what became of so many answers, none of which was right.
-
-    >>> print(why_no_reward(answers=4, cut=3, no_form=1))
-    none of the first 4 answers got a reward: 75% were cut by their budget (--max_new_tokens), \
-25% ended without a final answer in the form that --prompt asks for (--warm_start_steps teaches it)
-    """
-    wrong = answers - cut - no_form
-    reasons = {
-        "ended without a final answer in the form that --prompt asks for (--warm_start_steps "
-        "teaches it)": no_form,
-        "were cut by their budget (--max_new_tokens)": cut,
-        "were wrong (easier --data, as --terms 3 is, or a stronger --model)": wrong,
-    }
-    listed = sorted(reasons.items(), key=lambda reason: -reason[1])
-    shares = [f"{count / answers:.0%} {reason}" for reason, count in listed if count]
-    return f"none of the first {answers} answers got a reward: {', '.join(shares)}"
+    for r in answers:
+        counts[CUT if not r.finished else WRONG if in_form(r, setup.tokenizer) else NO_FORM] += 1
+    total, some = sum(counts.values()), any(r.reward for r in answers)
+    if not some and total < FEW and step + 1 != min(3, setup.cfg.steps):
+        return
+    progress["failed"] = None
+    listed = sorted(counts, key=counts.get, reverse=True)
+    shares = ", ".join(f"{counts[why] / total:.0%} {why}" for why in listed if counts[why])
+    if not some:
+        tqdm.write(f"none of the first {total} answers got a reward: {shares}")
 
 
 def append_metrics(folder: Path, row: dict) -> None:
