@@ -5,14 +5,8 @@ the scripts' functions, and TRL brings what they lack (accelerate, DeepSpeed, FS
     python tutorials/trl_adapter.py mpo --tiny         the script's flags and defaults
     python tutorials/trl_adapter.py rrpo --model FOLDER --data gsm8k -- --logging_steps 1
                                                        behind -- stand TRL's (GRPOConfig)
-
-and on several processes, where there is no GPU over gloo:
-
-    torchrun --nproc_per_node 2 tutorials/trl_adapter.py spo-chain --tiny
-    accelerate launch --config_file tutorials/two_gpus.yaml tutorials/trl_adapter.py spo-chain
     torchrun --nproc_per_node 2 tutorials/trl_adapter.py spo-chain -- --deepspeed ZERO2.json
-
-What goes where:
+    accelerate launch --config_file tutorials/two_gpus.yaml tutorials/trl_adapter.py spo-chain
 
     answers or trees, their credit     rollout_func: a row for each of the script's samples,
                                        context -> prompt_ids, ids -> completion_ids, M -> env_mask
@@ -24,21 +18,18 @@ What goes where:
                                        difference of two is the log-ratio of windows or blocks
 
 Each process samples and scores its share of a step's problems with a whole copy of the policy,
-which therefore has to fit a card; gradients and optimiser states may be sharded.
-
-vLLM: `-- --use_vllm True` lets it draw what common.sample would, on every process for itself
-(colocated), because processes ask for unequal numbers of continuations. The policy still scores
-what was drawn, so cutpoints, mask and old log-probs are its own. vLLM's differ a little; what it
-drew counts as drawn by the policy, without a correction.
+which therefore has to fit a card; gradients and optimiser states may be sharded. With
+`-- --use_vllm True` vLLM draws, on every process for itself. The policy still scores what was
+drawn, so cutpoints, mask and old log-probs are its own; that vLLM's differ is not corrected.
 
 What differs from the scripts:
- 1. --kl_coef, --replay_age, --scale_eps, --resume and, for trees, --batch_size are refused;
-    --device, --dtype, --training_tokens, --eval_every, --show_every and --save_every do nothing:
-    see TRL's --use_cpu, --bf16, --per_device_train_batch_size, --logging_steps, --save_strategy.
+ 1. --kl_coef, --replay_age, --scale_eps, --resume, --eval_only and, for trees, --batch_size are
+    refused; --device, --dtype, --training_tokens, --eval_every, --show_every and --save_every do
+    nothing: see TRL's --use_cpu, --bf16, --per_device_train_batch_size, --save_strategy.
  2. A tree has fewer nodes with credit than nodes, and TRL wants as many rows in every step: empty
     ones fill it up. They change nothing, and take the time of a row. So do answers without signal.
  3. Rows are parted anew into optimiser steps by each process for itself, and --epochs repeats them
-    in the same order.
+    in the same order. One without any signal still moves the weights, by AdamW's momentum.
  4. The scripts bound log-ratios at -10 and 10, TRL does not; and in bf16 its last layer is in bf16
     too, unless --cast_lm_head_to_fp32 True stands behind --.
 
@@ -46,17 +37,15 @@ Run: one process and two (DDP), on CPUs. Not run: GPUs, DeepSpeed, FSDP (but for
 policy together), vLLM.
 """
 
-import inspect
 import json
 import os
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import NamedTuple
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -68,205 +57,96 @@ import torch
 import torch.nn.functional as F
 from common import BadInput, Compute, Rollout, RunConfig, Sample
 from datasets import Dataset
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.utils.rnn import pad_sequence
 
-TESTED = "1.16.0"  # TRL's API moves monthly
 try:
     import trl
     from trl import GRPOConfig, GRPOTrainer
     from trl.models import unwrap_model_for_generation
 except ImportError as error:
-    text = f"needs TRL {TESTED}, of tutorials/requirements.txt ({error})"
-    raise (SystemExit if __name__ == "__main__" else ImportError)(text) from None
+    raise SystemExit(f"needs TRL, of tutorials/requirements.txt ({error})") from None
 
-METHODS = {  # name -> the script, and what its command line would say
-    "spo-chain": (spo, ["--variant", "chain"]),
-    "spo-tree": (spo, ["--variant", "tree"]),
-    "mpo": (mpo, []),
-    "rrpo": (reset_po, ["--method", "rrpo"]),
-    "srpo": (reset_po, ["--method", "srpo"]),
+TESTED = "1.16.0"  # TRL's hooks move monthly, and what no longer calls them would train wrongly
+METHODS = {  # name -> script, what its command line would say, most samples that a problem gives
+    "spo-chain": (spo, "--variant chain --kl_coef 0", lambda c: c.group_size),
+    "spo-tree": (spo, "--variant tree --kl_coef 0", lambda c: sum(accumulate(c.branching, mul))),
+    "mpo": (mpo, "", lambda c: c.group_size),
+    "rrpo": (reset_po, "--method rrpo", lambda c: c.rollouts),
+    "srpo": (reset_po, "--method srpo", lambda c: c.rollouts),
 }
-HOOKS = {  # of GRPOTrainer -> the parameters that are used here
-    "__init__": ["rollout_func"],
-    "_generate_and_score_completions": ["inputs"],
-    "_prepare_inputs": ["generation_batch"],
-    "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask"],
-}
-
-
-class Job(NamedTuple):
-    """What the hooks need to know, beside what TRL does."""
-
-    method: str
-    cfg: object  # the script's Config
-    seed: int
-    train: list[common.Problem]
-    tokenizer: object
-    instruction: str
-    compute: Compute
-    generator: torch.Generator
 
 
 # -------------------------------------------------------------------------- what a step trains on
 
 
-def rows_per_problem(method: str, cfg) -> int:
-    """The most samples that a problem gives: a tree's nodes, 2G rollouts, or its answers."""
-    if method == "spo-tree":
-        return sum(accumulate(cfg.branching, mul))
-    return cfg.rollouts if method in ("rrpo", "srpo") else cfg.group_size
-
-
-def updates_per_step(method: str, cfg) -> int:
-    """Optimiser updates between two rounds of sampling."""
-    rows = cfg.prompts * rows_per_problem(method, cfg)
-    return cfg.epochs * (rows // (cfg.batch_size or rows))
-
-
-def draw(model, problems, job: Job) -> tuple[list[Sample], float]:
+def draw(trainer, model, problems) -> tuple[list[Sample], float]:
     """The script's samples from these problems, with their credit, and the answers' accuracy."""
-    cfg, generator, compute = job.cfg, job.generator, job.compute
-    policy = model, job.tokenizer
-    states = [common.initial_state(job.tokenizer, p, job.instruction) for p in problems]
-    if job.method in ("rrpo", "srpo"):
-        drawn, plans = reset_po.draw_answers(*policy, states, cfg, generator, compute)
-        credit = reset_po.assign_credit(*policy, problems, drawn, plans, cfg, generator, compute)
-        return credit.samples, credit.accuracy
-    if job.method == "spo-tree":
-        tree = spo.grow_trees(*policy, states, cfg, generator, compute)
-        credit = spo.credit_trees(model, tree, cfg, compute)
-        return credit.samples, credit.accuracy
-    rollouts = common.complete(
-        *policy, states, n=cfg.group_size, max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature, generator=generator, compute=compute,
-    )  # fmt: skip
-    if job.method == "mpo":
-        credit = mpo.assign_credit(model, rollouts, cfg, compute)
+    cfg, tokenizer = trainer.cfg, trainer.processing_class
+    how = cfg, trainer.generator, trainer.compute
+    states = [common.initial_state(tokenizer, p, trainer.instruction) for p in problems]
+    if trainer.method in ("rrpo", "srpo"):
+        drawn, plans = reset_po.draw_answers(model, tokenizer, states, *how)
+        credit = reset_po.assign_credit(model, tokenizer, problems, drawn, plans, *how)
+    elif trainer.method == "spo-tree":
+        tree = spo.grow_trees(model, tokenizer, states, *how)
+        credit = spo.credit_trees(model, tree, cfg, trainer.compute)
     else:
-        answers = [p.answer for p in problems for _ in range(cfg.group_size)]
-        credit = spo.assign_credit(*policy, rollouts, answers, cfg, generator, compute)
-    return credit.samples, sum(r.reward for r in rollouts) / len(rollouts)
+        answers = common.complete(
+            model, tokenizer, states, n=cfg.group_size, max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature, generator=trainer.generator, compute=trainer.compute,
+        )  # fmt: skip
+        if trainer.method == "mpo":
+            credit = mpo.assign_credit(model, answers, cfg, trainer.compute)
+            return credit.samples, sum(r.reward for r in answers) / len(answers)
+        true_answers = [p.answer for p in problems for _ in range(cfg.group_size)]
+        credit = spo.assign_credit(model, tokenizer, answers, true_answers, *how)
+    return credit.samples, credit.accuracy
 
 
-def loss_masks(samples: list[Sample], method: str, cfg) -> list[list[int]]:
-    """M_t of each sample, 1 or 0 for each of its ids: SPO's probability mask, else all ones."""
-    if not samples:
-        return []
-    batch = common.collate(samples)
-    mask = spo.trained_tokens(batch, cfg) if method.startswith("spo") else batch.mask  # (B, T)
-    return [row[: len(s.ids)] for s, row in zip(samples, mask.int().tolist())]
-
-
-def rollouts(job: Job, prompts: list, trainer) -> dict[str, list]:
-    """TRL's rollout_func: one row for each of `prompts`, on each process of its own problems.
-
-    TRL's prompts only count: it wants two rows or more for each, where SPO-chain has one answer to
-    a problem. The problems are those that the script would take in this step.
-    """
-    method, cfg, args = job.method, job.cfg, trainer.args
-    step = trainer.state.global_step // updates_per_step(method, cfg)
+def rollouts(prompts: list, trainer) -> dict:
+    """TRL's rollout_func: a row for each of `prompts`, which only count (TRL wants two rows or more
+    for each, SPO-chain has one), from this process's share of the problems of the script's step."""
+    cfg, args = trainer.cfg, trainer.args
+    step = trainer.state.global_step // (args.max_steps // cfg.steps)
     share = cfg.prompts // args.world_size
-    problems = common.batch_at(job.train, step, cfg.prompts, job.seed)
+    problems = common.batch_at(trainer.problems, step, cfg.prompts, args.seed)
     problems = problems[args.process_index * share :][:share]
-    with whole_policy(trainer) as model, sampler(trainer):
-        samples, accuracy = draw(model, problems, job)
-    masks = loss_masks(samples, method, cfg)
-    end = [job.tokenizer.eos_token_id]
-    samples += [Sample(end, end, [0.0])] * (len(prompts) - len(samples))  # a tree's empty rows
-    masks += [[0]] * (len(prompts) - len(masks))
+    sample = partial(vllm_sample, trainer.vllm_generation) if trainer.use_vllm else common.sample
+    with whole_policy(trainer) as model, patch.object(common, "sample", sample):
+        samples, accuracy = draw(trainer, model, problems)
+    end = [trainer.processing_class.eos_token_id]
+    empty = [Sample(end, end)] * (len(prompts) - len(samples))  # beside a tree's nodes with credit
+    batch = common.collate(samples + empty)
+    masked = trainer.method.startswith("spo")
+    mask = spo.trained_tokens(batch, cfg) if masked else batch.mask  # (B, T) M
+    mask[len(samples) :] = False
+    samples = samples + empty
     return dict(
         prompt_ids=[s.context for s in samples], completion_ids=[s.ids for s in samples],
-        logprobs=None, env_mask=masks, credit=[s.advantages for s in samples],
-        accuracy=[accuracy] * len(samples),
+        logprobs=None, env_mask=mask.int().tolist(), credit=batch.advantages.tolist(),
+        accuracy=accuracy,
     )  # fmt: skip
 
 
-def accuracy(completions, accuracy, **_) -> list[float]:
+def accuracy(accuracy: list[float], **_) -> list[float]:
     """TRL wants a reward function; it makes metrics alone, for the advantages are ours."""
     return accuracy
 
 
-# --------------------------------------------------------------------------------- TRL's hooks
-
-
-def check_hooks() -> None:
-    """Raises BadInput that names the first hook which GRPOTrainer no longer has."""
-    for name, wanted in HOOKS.items():
-        there = inspect.signature(getattr(GRPOTrainer, name, lambda: None)).parameters
-        if missing := [parameter for parameter in wanted if parameter not in there]:
-            raise moved(f"GRPOTrainer.{name}", f"takes no {missing[0]}")
-
-
-def moved(hook: str, what: str) -> BadInput:
-    return BadInput(f"TRL {trl.__version__}: {hook} {what}; this was tested with TRL {TESTED}")
-
-
-def credit_rows(inputs: list[dict], width: int) -> Tensor:
-    """(B, T) the advantages of each row's ids, which the rollout function gave along; 0 behind."""
-    rows = pad_sequence([torch.tensor(x["credit"], dtype=torch.float) for x in inputs], True)
-    return F.pad(rows, (0, width - rows.shape[1]))
-
-
-def count_trained(trainer, window: list[dict]) -> Tensor:
-    """() the trained tokens of an optimiser step, over all processes: Z, or MPO's N."""
-    own = sum((x["completion_mask"] * x["tool_mask"]).sum() for x in window)
-    return trainer.accelerator.gather(own).sum()
-
-
-def with_positions(model):
-    """The model, with positions that count from a row's first token. TRL's count its padding too:
-    the same up to rounding where positions are rotary, another policy where they are learned."""
-
-    def forward(attention_mask, **inputs):
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-        return model(attention_mask=attention_mask, position_ids=positions, **inputs)
-
-    return forward
-
-
-class Trainer(GRPOTrainer):
-    """GRPOTrainer with an advantage a token, an optimiser step's normaliser, and block ratios."""
-
-    job: Job  # set by `make_trainer`
-
-    def _generate_and_score_completions(self, inputs):
-        out = super()._generate_and_score_completions(inputs)
-        if "credit" not in inputs[0]:
-            raise moved("rollout_func", "has keys that no longer reach the inputs")
-        for key in ("completion_ids", "completion_mask", "tool_mask", "advantages"):
-            if key not in out:
-                raise moved("GRPOTrainer._generate_and_score_completions", f"gives no {key}")
-        out["advantages"] = credit_rows(inputs, out["completion_ids"].shape[1]).to(self.args.device)
-        if not self.job.cfg.clip_eps:  # the resets' loss has no ratio: TRL's is then 1
-            out.pop("old_per_token_logps", None)
-        return out
-
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        if "num_items_in_batch" not in inputs or not getattr(self, "_buffered_inputs", None):
-            raise moved("GRPOTrainer._prepare_inputs", "keeps no num_items_in_batch of its slices")
-        size, slices = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-        first = self._step % slices // size * size
-        window = self._buffered_inputs[first : first + size]  # this optimiser step's
-        # The loss divides by this times size / slices, the share of a step in a generation.
-        return inputs | dict(num_items_in_batch=count_trained(self, window) * slices / size)
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *args, **options
-    ):
-        model = with_positions(model)
-        found = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **options
-        )
-        if not isinstance(found, tuple) or len(found) != 3:
-            raise moved("GRPOTrainer._get_per_token_logps_and_entropies", "returns no 3 values")
-        if self.job.method != "mpo":
-            return found
-        cfg, mask = self.job.cfg, attention_mask[:, -logits_to_keep:].bool()  # (B, T)
-        blocks = mpo.block_log_ratio(found[0], mask, cfg.block_size, cfg.layout, cfg.weights)
-        return blocks, *found[1:]
+def vllm_sample(
+    engine, model, prefixes, n=1, *, max_new_tokens, eos, temperature=1.0, **_
+) -> list[Rollout]:
+    """common.sample by TRL's vLLM engine: as many tokens to all, each cut to its own budget."""
+    rows = [row for row in zip(prefixes, max_new_tokens, strict=True) for _ in range(n)]
+    engine.temperature = temperature
+    engine.max_completion_length = max(1, *max_new_tokens)
+    asked = [prefix for prefix, _ in rows]
+    answers = engine.generate(prompts=asked, images=None, num_generations=1)[1]
+    drawn = []
+    for (prefix, budget), ids in zip(rows, answers):
+        kept = list(ids)[:budget]
+        drawn.append(Rollout(list(prefix), kept, not eos.isdisjoint(kept[-1:])))
+    return drawn
 
 
 @contextmanager
@@ -285,79 +165,108 @@ def whole_policy(trainer):
     trainer.model_wrapped.train()
 
 
-@contextmanager
-def sampler(trainer):
-    """vLLM in the place of common.sample, where TRL's flag asks for it."""
-    own = common.sample
-    common.sample = partial(vllm_sample, trainer.vllm_generation) if trainer.use_vllm else own
-    try:
-        yield
-    finally:
-        common.sample = own
+def with_positions(model):
+    """The model, with positions that count from a row's first token. TRL's count its padding too:
+    the same up to rounding where positions are rotary, another policy where they are learned."""
+
+    def forward(attention_mask, **inputs):
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+        return model(attention_mask=attention_mask, position_ids=positions, **inputs)
+
+    return forward
 
 
-def vllm_sample(
-    engine, model, prefixes, n=1, *, max_new_tokens, eos, temperature=1.0, **_
-) -> list[Rollout]:
-    """common.sample by TRL's vLLM engine: as many tokens to all, each cut to its own budget."""
-    one = isinstance(max_new_tokens, int)
-    budgets = [max_new_tokens] * len(prefixes) if one else max_new_tokens
-    rows = [(prefix, budget) for prefix, budget in zip(prefixes, budgets) for _ in range(n)]
-    asked = [prefix for prefix, budget in rows if budget]
-    engine.temperature, engine.max_completion_length = temperature, max(budgets)
-    if asked:
-        answers = iter(engine.generate(prompts=asked, images=None, num_generations=1)[1])
-    drawn = []
-    for prefix, budget in rows:
-        ids = list(next(answers))[:budget] if budget else []
-        drawn.append(Rollout(list(prefix), ids, bool(ids) and ids[-1] in eos))
-    return drawn
+class Trainer(GRPOTrainer):
+    """GRPOTrainer with an advantage a token, an optimiser step's normaliser, and block ratios; of
+    --model, or of the built-in warm start, on the script's problems."""
+
+    def __init__(self, method: str, cfg, run: RunConfig, args: GRPOConfig):
+        device = args.device
+        self.method = method
+        self.cfg = cfg
+        self.problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
+        self.compute = Compute(torch.bfloat16 if args.bf16 else torch.float32)
+        self.compute.training_tokens = common.training_tokens(device)
+        model, tokenizer = common.first_policy(run, device)
+        model, tokenizer = common.warm_started(run, self.problems, model, tokenizer, self.compute)
+        common.no_dropout(model)
+        sizes = common.count_parameters(model), common.token_bytes(model, self.compute)
+        fitting = common.sampling_tokens(common.free_memory(device), *sizes)
+        self.compute.sampling_tokens = run.sampling_tokens or fitting
+        self.instruction = common.pick_instruction(run, tokenizer)
+        common.check_prompts(self.problems, tokenizer, self.instruction, common.window(model))
+        # Process 0 draws what the script draws from the same seed.
+        self.generator = torch.Generator(device).manual_seed(run.seed + args.process_index)
+        super().__init__(
+            model, reward_funcs=accuracy, args=args, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": [""] * args.generation_batch_size}),
+            rollout_func=rollouts,
+        )  # fmt: skip
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        credit = torch.tensor([x["credit"] for x in inputs], device=self.args.device)  # (B, T)
+        out["advantages"] = F.pad(credit, (0, out["completion_ids"].shape[1] - credit.shape[1]))
+        if not self.cfg.clip_eps:  # the resets' loss has no ratio: TRL's is then 1
+            out.pop("old_per_token_logps", None)
+        return out
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        size, slices = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        first = self._step % slices // size * size
+        window = self._buffered_inputs[first : first + size]  # this optimiser step's
+        own = sum((x["completion_mask"] * x["tool_mask"]).sum() for x in window)
+        trained = self.accelerator.gather(own).sum()  # () Z, or MPO's N, over all processes
+        # The loss divides by this times size / slices, the share of a step in a generation.
+        return inputs | dict(num_items_in_batch=trained * slices / size)
+
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, kept, *rest, **options):
+        logps, *others = super()._get_per_token_logps_and_entropies(
+            with_positions(model), ids, mask, kept, *rest, **options
+        )
+        if self.method == "mpo":
+            how = self.cfg.block_size, self.cfg.layout, self.cfg.weights
+            logps = mpo.block_log_ratio(logps, mask[:, -kept:].bool(), *how)  # (B, T)
+        return logps, *others
 
 
 # ------------------------------------------------------------------------------------- the run
 
 
-def split_command(argv: list[str]) -> tuple[str, list[str], list[str]]:
-    """(method, the script's flags, TRL's flags); raises BadInput for no or an unknown method."""
-    own, theirs = argv, []
-    if "--" in argv:
-        own, theirs = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    if own[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        raise SystemExit
-    if not own or own[0] not in METHODS:
-        raise BadInput(f"the first argument must be one of {', '.join(METHODS)}")
-    return own[0], own[1:], theirs
-
-
-def script_settings(method: str, flags: list[str]):
-    """(Config, RunConfig) as the script reads its flags; raises BadInput for what is not here."""
-    script, chosen = METHODS[method]
-    sys.argv[1:] = [*chosen, *flags]
-    large = script.LARGE | (dict(kl_coef=0.0) if script is spo else {})
-    settings = script.Config, f"trl-{method}", f"{method} on TRL", script.TINY, large
-    cfg, run = common.parse_args(*settings)
-    refused = {**vars(cfg), **vars(run)}
-    for flag in ("kl_coef", "replay_age", "scale_eps", "resume", "eval_only"):
-        if refused.get(flag):
+def script_settings(argv: list[str]):
+    """(method, Config, RunConfig) as the script reads its flags, and TRL's flags; raises BadInput
+    for what is not here."""
+    if not argv or argv[0] not in METHODS:
+        raise BadInput(f"the first argument must be one of {', '.join(METHODS)}; then --help")
+    method = argv[0]
+    end = argv.index("--") if "--" in argv else len(argv)
+    script, chosen, _ = METHODS[method]
+    sys.argv[1:] = [*chosen.split(), *argv[1:end]]
+    cfg, run = common.parse_args(
+        script.Config, f"trl-{method}", f"{method} on TRL", script.TINY, script.LARGE
+    )
+    refused = ["kl_coef", "replay_age", "scale_eps", "resume", "eval_only"]
+    refused += ["batch_size"] if method == "spo-tree" else []
+    for flag in refused:
+        if (vars(cfg) | vars(run)).get(flag):
             raise BadInput(f"--{flag}: is not for TRL here (see the header)")
-    if method == "spo-tree" and cfg.batch_size:
-        raise BadInput("--batch_size: is not for trees on TRL (see the header)")
-    return cfg, run
+    return method, cfg, run, argv[end + 1 :]
 
 
 def trl_arguments(method: str, cfg, run: RunConfig, flags: list[str], processes: int) -> GRPOConfig:
     """GRPOConfig: what makes loss and schedule the script's, our defaults, and TRL's own flags."""
     if cfg.prompts % processes:
         raise BadInput(f"--prompts {cfg.prompts}: must divide among {processes} processes")
-    gpu, updates = torch.cuda.is_available(), updates_per_step(method, cfg) // cfg.epochs
-    rows = cfg.prompts // processes * rows_per_problem(method, cfg)  # of a step, on a process
+    gpu = torch.cuda.is_available()
+    each = METHODS[method][2](cfg)
+    updates = cfg.prompts * each // (cfg.batch_size or cfg.prompts * each)
+    rows = cfg.prompts // processes * each  # of a step, on a process
     fitting = [size for size in range(1, 33) if rows % (size * updates) == 0]
     parser = common.Parser(GRPOConfig, allow_abbrev=False)
     parser.set_defaults(
-        output_dir=f"runs/{run.name}", use_cpu=not gpu, bf16=gpu, logging_steps=10,
-        ddp_backend="gloo" if processes > 1 and not gpu else None, save_strategy="no",
-        per_device_train_batch_size=max(fitting, default=1), report_to="none", disable_tqdm=True,
+        output_dir=f"runs/{run.name}", use_cpu=not gpu, bf16=gpu, save_strategy="no",
+        per_device_train_batch_size=max(fitting, default=1), disable_tqdm=True,
         activation_checkpointing=run.gradient_checkpointing, ddp_find_unused_parameters=False,
     )  # fmt: skip
     micro = parser.parse_known_args(flags)[0].per_device_train_batch_size
@@ -367,84 +276,55 @@ def trl_arguments(method: str, cfg, run: RunConfig, flags: list[str], processes:
     settings = dict(
         max_steps=cfg.steps * updates * cfg.epochs, num_iterations=cfg.epochs,
         steps_per_generation=rows // micro, gradient_accumulation_steps=rows // micro // updates,
-        num_generations=max(2, rows_per_problem(method, cfg)), temperature=cfg.temperature,
+        num_generations=max(2, each), temperature=cfg.temperature, seed=run.seed,
         max_completion_length=cfg.max_new_tokens, learning_rate=cfg.lr, weight_decay=0.0,
-        lr_scheduler_type="constant_with_warmup" if method.startswith("spo") else "linear",
-        warmup_steps=cfg.warmup_updates, max_grad_norm=cfg.max_grad_norm, seed=run.seed,
-        loss_type="grpo" if method in ("rrpo", "srpo") else "dapo", beta=0.0,
-        epsilon=cfg.clip_eps or 0.2, disable_dropout=True,
+        lr_scheduler_type="linear", warmup_steps=cfg.warmup_updates,
+        max_grad_norm=cfg.max_grad_norm, epsilon=cfg.clip_eps or 0.2, beta=0.0,
+        loss_type="grpo" if method in ("rrpo", "srpo") else "dapo", disable_dropout=True,
         vllm_importance_sampling_correction=False,
+        # Of vLLM, for processes ask for unequal numbers of continuations: each has its own.
+        vllm_mode="colocate", vllm_tensor_parallel_size=1,
     )  # fmt: skip
     typed = {word.split("=")[0].removeprefix("--") for word in flags}
     if taken := sorted(typed & settings.keys()):
-        raise BadInput(f"--{taken[0]} behind --: follows from the script's flags")
+        raise BadInput(f"--{taken[0]} behind --: is set here, or by the script's flags")
     parser.set_defaults(**settings)
     try:
-        (args,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[0]
     except ValueError as error:
         raise BadInput(f"behind --: {common.one_line(error)}") from None
-    if args.use_vllm and (args.vllm_mode != "colocate" or args.vllm_tensor_parallel_size > 1):
-        raise BadInput("--use_vllm: needs --vllm_mode colocate, on one card each (see the header)")
-    return args
-
-
-def make_trainer(method: str, cfg, run: RunConfig, args: GRPOConfig) -> Trainer:
-    """The trainer of --model, or of the built-in warm start, on the script's problems."""
-    check_hooks()
-    device = args.device
-    train = common.load_problems(run.data, "train", None, run.seed, run.terms)
-    compute = Compute(torch.bfloat16 if args.bf16 else torch.float32)
-    compute.training_tokens = common.training_tokens(device)
-    model, tokenizer = common.first_policy(run, device)
-    model, tokenizer = common.warm_started(run, train, model, tokenizer, compute)
-    common.no_dropout(model)
-    sizes = common.count_parameters(model), common.token_bytes(model, compute)
-    fitting = common.sampling_tokens(common.free_memory(device), *sizes)
-    compute.sampling_tokens = run.sampling_tokens or fitting
-    instruction = common.pick_instruction(run, tokenizer)
-    common.check_prompts(train, tokenizer, instruction, common.window(model))
-    # Process 0 draws what the script draws from the same seed.
-    generator = torch.Generator(device).manual_seed(run.seed + args.process_index)
-    job = Job(method, cfg, run.seed, train, tokenizer, instruction, compute, generator)
-    dataset = Dataset.from_dict({"prompt": [""] * args.generation_batch_size})
-    trainer = Trainer(
-        model=model, args=args, reward_funcs=accuracy, processing_class=tokenizer,
-        train_dataset=dataset, rollout_func=partial(rollouts, job),
-    )  # fmt: skip
-    trainer.job = job
-    return trainer
 
 
 def held_out(trainer: Trainer, run: RunConfig) -> dict:
     """The script's evaluation; on every process, for what is sharded is put together for it."""
-    job = trainer.job
     problems = common.load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
     with whole_policy(trainer) as model:
         return common.evaluate(
-            model, job.tokenizer, problems, samples=run.eval_samples,
-            max_new_tokens=job.cfg.max_new_tokens, temperature=job.cfg.temperature,
-            seed=run.seed, instruction=job.instruction, compute=job.compute,
+            model, trainer.processing_class, problems, run.eval_samples,
+            trainer.cfg.max_new_tokens, trainer.cfg.temperature, run.seed, trainer.instruction,
+            trainer.compute,
         )  # fmt: skip
 
 
 def main() -> None:
-    method, own, theirs = split_command(sys.argv[1:])
-    cfg, run = script_settings(method, own)
-    args = trl_arguments(method, cfg, run, theirs, int(os.environ.get("WORLD_SIZE", 1)))
-    folder = Path(args.output_dir)
-    if (folder / "summary.json").exists():
-        raise BadInput(f"{folder} exists: pick another --name, or delete it")
-    trainer = make_trainer(method, cfg, run, args)
-    before, began = held_out(trainer, run), time.time()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    seconds, after = time.time() - began, held_out(trainer, run)
+    if trl.__version__ != TESTED:
+        raise BadInput(f"TRL {trl.__version__}: this was tested with {TESTED} (requirements.txt)")
+    method, cfg, run, flags = script_settings(sys.argv[1:])
+    args = trl_arguments(method, cfg, run, flags, int(os.environ.get("WORLD_SIZE", 1)))
+    summary = Path(args.output_dir, "summary.json")
+    if summary.exists():
+        raise BadInput(f"{summary.parent} exists: pick another --name, or delete it")
+    trainer = Trainer(method, cfg, run, args)
+    before = held_out(trainer, run)
+    seconds = trainer.train(args.resume_from_checkpoint).metrics["train_runtime"]
+    after = held_out(trainer, run)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        summary = dict(before=before, after=after, seconds=seconds, processes=args.world_size)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        facts = dict(before=before, after=after, seconds=seconds, processes=args.world_size)
+        summary.write_text(json.dumps(facts, indent=2) + "\n")
         common.say(f"before: {common.describe(before)}\nafter:  {common.describe(after)}")
-        common.say(f"{seconds:.0f} s of training; files in {folder}/")
+        common.say(f"{seconds:.0f} s of training; files in {summary.parent}/")
 
 
 if __name__ == "__main__":
