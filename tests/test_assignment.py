@@ -477,6 +477,13 @@ def test_a_mistake_counts_once(tmp_path):
     assert "needs mixing, which is not written yet" in wrong["scaled_eps"]
 
 
+def test_a_mistake_is_named_though_an_earlier_one_hides_it(tmp_path):
+    """Both gradings have no points: the one that names the mistake is told."""
+    late = next(source for name, _, source in PLANTED if name == "spo_loss")
+    file = submission(tmp_path, WRONG_CLIP + textwrap.dedent(late))
+    assert "normaliser that of the micro-batch" in graded_alone(file, "spo_loss").message
+
+
 @pytest.mark.parametrize("name", ["spo_loss", "mpo_loss", "reset_loss", "k3", "token_logprobs",
                                   "clipped_surrogate", "block_log_ratio"])  # fmt: skip
 @pytest.mark.parametrize("how", ["x.detach()", "x.detach() + 0 * x", "2 * x - x.detach()"])

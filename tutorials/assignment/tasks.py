@@ -195,6 +195,12 @@ GROUP_ADVANTAGES = Task(
         ("Did you compare answers of different problems? The mean is over the whole batch.",
          lambda rewards, scale=True: (rewards - rewards.mean())
          / (rewards.std(correction=0) if scale else 1)),
+        ("Is the mean over the whole batch, and only the std the group's?",
+         lambda rewards, scale=True: (rewards - rewards.mean())
+         / (rewards.std(1, correction=0, keepdim=True) if scale else 1)),
+        ("Do you divide by the variance? The standard deviation is its root.",
+         lambda rewards, scale=True: reference.group_advantages(rewards, scale)
+         / (rewards.std(1, correction=0, keepdim=True).clamp(min=1e-9) if scale else 1)),
         ("Did you average over problems instead of over the answers to one? Check the dimension.",
          lambda rewards, scale=True: reference.group_advantages(rewards.T, scale).T),
         ("Do you divide by the std although scale is False?",
@@ -227,6 +233,8 @@ MASKED_MEAN = Task(
         ("Without `dim` the mean is over tokens: did you average the means of the rows?",
          lambda x, mask, dim=None: reference.masked_mean(x, mask, 1).mean() if dim is None
          else reference.masked_mean(x, mask, dim)),
+        ("Do you forget `dim`? Each row has its own mean.",
+         lambda x, mask, dim=None: reference.masked_mean(x, mask)),
         ("Do you forget the mask?",
          lambda x, mask, dim=None: x.mean() if dim is None else x.mean(dim)),
     ],
@@ -242,15 +250,20 @@ def policy(table) -> Bigram:
 POLICY = policy([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.1, 0.1, 0.8]])
 TEXTS = common.collate([Sample([1, 0], [2, 2, 0]), Sample([0], [1])])
 LN = math.log
+RARE, RARE_TEXT = policy([[1.0, 1e-30], [0.5, 0.5]]), common.collate([Sample([0], [1])])
+
+
+def places(batch, shift=1) -> Tensor:
+    """(B, T) `shift` places before each trained token."""
+    at = batch.context_lens[:, None] + torch.arange(batch.mask.shape[1]) - shift
+    return at.clamp(0, batch.input_ids.shape[1] - 1)
 
 
 def picked(model, batch, shift=1, before=1.0, after=1.0) -> Tensor:
     """(B, T) log-probs from logits `shift` places before the token; divided before or after."""
     logprobs = (model(batch.input_ids).logits / before).log_softmax(-1) / after  # (B, L, V)
-    at = batch.context_lens[:, None] + torch.arange(batch.mask.shape[1]) - shift  # (B, T)
-    at = at.clamp(0, logprobs.shape[1] - 1)
-    rows = torch.arange(len(at))[:, None]
-    return logprobs[rows, at, batch.targets]
+    rows = torch.arange(len(batch.mask))[:, None]
+    return logprobs[rows, places(batch, shift), batch.targets]
 
 
 TOKEN_LOGPROBS = Task(
@@ -262,6 +275,8 @@ TOKEN_LOGPROBS = Task(
              [[LN(0.25), LN(0.8), LN(0.1)], [LN(0.25), 0.0, 0.0]]),
         Case("at temperature 1/2", (POLICY, TEXTS, 0.5),
              [[LN(1 / 6), LN(64 / 66), LN(1 / 66)], [LN(1 / 6), 0.0, 0.0]]),
+        Case("a word of probability 1e-30, at temperature 1/2", (RARE, RARE_TEXT, 0.5),
+             [[60 * LN(0.1)]]),
         Property("probabilities of all words sum to 1 at any temperature",
                  lambda f: near(sum(f(POLICY, common.collate([Sample([2, 1], [v])]), 0.7).exp()
                                     for v in range(3)), [[1.0]])),
@@ -281,6 +296,14 @@ TOKEN_LOGPROBS = Task(
          * batch.mask),
         ("What stands outside the mask? Padding has no log-probability.",
          lambda model, batch, temperature=1.0: picked(model, batch, 1, temperature)),
+        ("Do you take the logarithm of a softmax? Small probabilities have become 0 by then.",
+         lambda model, batch, temperature=1.0: (model(batch.input_ids).logits / temperature)
+         .softmax(-1).log()[torch.arange(len(batch.mask))[:, None], places(batch), batch.targets]
+         * batch.mask),
+        ("Do you count places from the right? Rows end at different ones, padding follows.",
+         lambda model, batch, temperature=1.0: (model(batch.input_ids).logits / temperature)
+         .log_softmax(-1)[:, -batch.mask.shape[1] - 1 : -1]
+         .gather(-1, batch.targets[..., None])[..., 0] * batch.mask),
         ("Do you return probabilities?",
          lambda model, batch, temperature=1.0: picked(model, batch, 1, temperature).exp()
          * batch.mask),
@@ -343,6 +366,17 @@ CLIPPED_SURROGATE = Task(
              lambda r, c, a: torch.minimum(
                  log_ratio.exp() * a, log_ratio.exp().clamp(1 - clip_eps, 1 + clip_eps) * a)
          )(log_ratio, advantages, clip_eps)),
+        ("Do you clip from above only? The range has a lower end too.",
+         lambda log_ratio, advantages, clip_eps: surrogate(
+             lambda r, c, a: torch.minimum(r * a, r.clamp(max=1 + clip_eps) * a),
+             lambda r, c, a: r * a > r.clamp(max=1 + clip_eps) * a,
+         )(log_ratio, advantages, clip_eps)),
+        ("Where does the range begin? Yours is symmetric in the log-ratio.",
+         lambda log_ratio, advantages, clip_eps: surrogate(
+             lambda r, c, a: torch.minimum(
+                 r * a, r.clamp(1 / (1 + clip_eps), 1 + clip_eps) * a),
+             lambda r, c, a: r * a > r.clamp(1 / (1 + clip_eps), 1 + clip_eps) * a,
+         )(log_ratio, advantages, clip_eps)),
         ("Do you take the log-ratio for the ratio?",
          lambda log_ratio, advantages, clip_eps: (
              torch.minimum(log_ratio * advantages,
@@ -376,6 +410,8 @@ K3 = Task(
          lambda log_ratio: reference.k3(-log_ratio)),
         ("Is the log-ratio cut to [-10, 10]?",
          lambda log_ratio: log_ratio.exp() - 1 - log_ratio),
+        ("Is the log-ratio cut to [-10, 10] wherever it stands?",
+         lambda log_ratio: log_ratio.clamp(-10, 10).exp() - 1 - log_ratio),
         ("Have the signs changed? Yours is never positive.",
          lambda log_ratio: -reference.k3(log_ratio)),
     ],
@@ -419,6 +455,9 @@ SEGMENT_STARTS = Task(
              t + 1 for t in reference.segment_starts(probs, interval, threshold)]),
         ("Which cutpoint is the first to begin a segment? You wait for a full interval.",
          lambda probs, interval, threshold: cutpoints(probs, threshold)[interval - 1::interval]),
+        ("With interval 1, which cutpoints begin a segment? A remainder by 1 is never 1.",
+         lambda probs, interval, threshold: [
+             t for n, t in enumerate(cutpoints(probs, threshold), 1) if n % interval == 1]),
         ("Does your interval count tokens? It counts cutpoints.",
          lambda probs, interval, threshold: [
              t for t in range(0, len(probs), interval) if probs[t] < threshold]),
@@ -470,6 +509,9 @@ CHAIN_ADVANTAGES = Task(
          lambda starts, values, reward, length: spread(
              starts, [b - a for a, b in zip(values, [*values[1:], reward])], length,
              values[0] if values else reward)),
+        ("Does the last segment reach the answer's last token?",
+         lambda starts, values, reward, length: torch.cat([reference.chain_advantages(
+             starts, values, reward, length)[:-1], torch.zeros(min(length, 1))])),
         ("Do all tokens of a segment have its advantage? Only its first one does.",
          lambda starts, values, reward, length: torch.zeros(length).index_put(
              (torch.tensor(starts, dtype=torch.long),),
@@ -521,6 +563,16 @@ def sample_scaled(parents, rewards, scale=False):
     return values, [a * s for a, s in zip(advantages, shrink)]
 
 
+def level_scaled(parents, rewards, scale=False):
+    values, advantages = reference.tree_advantages(parents, rewards)
+    depth = []
+    for p in parents:
+        depth.append(depth[p] + 1 if p >= 0 else 0)
+    levels = [[v for v, d in zip(values, depth) if d == level] for level in depth]
+    stds = [torch.tensor(level).std(correction=0).item() or 1.0 for level in levels]
+    return values, [a / s if scale else a for a, s in zip(advantages, stds)]
+
+
 def root_has_value(parents, rewards, scale=False):
     values, advantages = reference.tree_advantages(parents, rewards, scale)
     return values, [v if p < 0 else a for v, a, p in zip(values, advantages, parents)]
@@ -535,6 +587,7 @@ def zero_over_zero(parents, rewards, scale=False):
 
 SMALL = ([-1, 0, 0, 1, 1], [0, 0, 0, 1, 0])
 EARLY = ([-1, 0, 0, 0, 1, 1, 1], [0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+COUSINS = ([-1, 0, 0, 1, 1, 2, 2], [0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.5])
 
 TREE_ADVANTAGES = Task(
     "tree_advantages",
@@ -549,6 +602,8 @@ TREE_ADVANTAGES = Task(
         Case("scaled", (*SMALL, True), ([0.25, 0.5, 0.0, 1.0, 0.0], [0.0, 1.0, -1.0, 1.0, -1.0])),
         Case("scaled, and all siblings equal", ([-1, 0, 0], [0, 1, 1], True),
              ([1.0] * 3, [0.0] * 3)),
+        Case("scaled, and cousins are no siblings", (*COUSINS, True),
+             ([0.625, 0.5, 0.75, 1.0, 0.0, 1.0, 0.5], [0.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0])),
         Case("what an inner node got does not count", ([-1, 0, 0], [9.0, 1.0, 0.0]),
              ([0.5, 1.0, 0.0], [0.0, 0.5, -0.5])),
         Property("what siblings earn adds up to 0",
@@ -570,6 +625,8 @@ TREE_ADVANTAGES = Task(
          tree_with(advantage=lambda v, siblings, above, root: above - v)),
         ("Whose standard deviation is it? The siblings are all there are, not a sample.",
          sample_scaled),
+        ("Whose standard deviation is it? That of a node and its siblings, not of their level.",
+         level_scaled),
         ("What if all siblings are equal? You divide 0 by 0.", zero_over_zero),
         ("Do you forget `scale`?",
          lambda parents, rewards, scale=False: reference.tree_advantages(parents, rewards)),
@@ -668,6 +725,10 @@ SPO_LOSS = Task(
         ("Do you take the log-probability for the log-ratio? Something is to be subtracted.",
          lambda logprobs, batch, *rest: reference.spo_loss(
              logprobs, batch._replace(old_logprobs=0 * logprobs), *rest)),
+        ("Where the mask is False nothing is trained: did the clip take a gradient away there?",
+         lambda logprobs, batch, mask, normaliser, clip_eps: (
+             reference.spo_loss(logprobs, batch, mask, normaliser, clip_eps)[0],
+             reference.spo_loss(logprobs, batch, batch.mask, 1, clip_eps)[1])),
         ("Is the log-ratio turned round?",
          lambda logprobs, batch, *rest: reference.spo_loss(
              batch.old_logprobs, batch._replace(old_logprobs=logprobs), *rest)),
@@ -707,6 +768,9 @@ BLOCK_WEIGHTS = Task(
         ("Have you turned round the share? It is the future's, not the first token's.",
          lambda k, w: torch.tensor([w] + [(1 - w) / max(1, k - 1)] * (k - 1))
          if isinstance(w, float) else reference.block_weights(k, w)),
+        ("Do the future tokens share in equal parts? Yours have less the later they come.",
+         lambda k, w: torch.tensor([w**n for n in range(k)]) / sum(w**n for n in range(k))
+         if isinstance(w, float) else reference.block_weights(k, w)),
         ("Do joint weights sum to 1? Eq. 8 is a plain product of ratios.",
          lambda k, w: reference.block_weights(k, "uniform" if w == "joint" else w)),
         ("Do uniform weights sum to 1?",
@@ -741,6 +805,11 @@ def block_wrong(*, tail="scaled", start="mask", layout=None, first_only=False, b
         return out
 
     return wrong
+
+
+def joint_scaled(log_ratio, mask, block_size, layout, weights):
+    how = (mask, block_size, layout, "uniform" if weights == "joint" else weights)
+    return block_wrong()(log_ratio, *how) * (block_size if weights == "joint" else 1)
 
 
 def log_of_mean(log_ratio, mask, block_size, layout, weights):
@@ -792,6 +861,11 @@ BLOCK_LOG_RATIO = Task(
          block_wrong(backward=True)),
         ("Is joint a mean? Its weights are not scaled.", lambda l, mask, k, layout, weights:
          block_wrong()(l, mask, k, layout, "uniform" if weights == "joint" else weights)),
+        ("Are joint weights scaled up where fewer than K tokens are left? Only the others are.",
+         joint_scaled),
+        ("Are only windows rescaled where fewer than K tokens are left, and blocks not?",
+         lambda l, mask, k, layout, weights: block_wrong(
+             tail="cut" if layout == "block" else "scaled")(l, mask, k, layout, weights)),
         ("Is uniform a sum? Its weights sum to 1.", lambda l, mask, k, layout, weights:
          block_wrong()(l, mask, k, layout, "joint" if weights == "uniform" else weights)),
         ("Is it a mean of ratios? The weights belong to logarithms.", log_of_mean),
@@ -841,6 +915,9 @@ SCALED_EPS = Task(
              [[0.4] * 4 + [ANY], [0.2 * 2**0.5] * 2 + [ANY] * 3]),
         Case("blocks of three, uniform", (ROWS, mpo_cfg(3, "block")),
              [[0.2 / R3] * 3 + [0.2, ANY], [0.2 * R2] * 2 + [ANY] * 3]),
+        Case("windows of three, share one half", (ROWS, mpo_cfg(3, weights=0.5)),
+             [[0.2 * 0.375**0.5] * 2 + [0.2 * 5**0.5 / 3, 0.2, ANY],
+              [0.2 * 5**0.5 / 3, 0.2, ANY, ANY, ANY]]),
         Property("K = 1 leaves the range as it is",
                  lambda f: near(f(ROWS, mpo_cfg(1))[ROWS], [0.2] * 6)),
     ],
@@ -848,6 +925,8 @@ SCALED_EPS = Task(
         ("Is that the norm, or its square?", eps_wrong(lambda b: (b * b).sum())),
         ("Which norm is it? You add up the weights.", eps_wrong(lambda b: b.sum())),
         ("Does the range grow with K whatever the weights?", eps_wrong(lambda b: len(b) ** 0.5)),
+        ("Does a share change the range? You count tokens, whatever weights they have.",
+         eps_wrong(lambda b: len(b) ** (0.5 if b.sum() > 1.5 else -0.5))),
         ("Do you divide by the norm?", eps_wrong(lambda b: 1 / b.norm())),
         ("Is the range the same at the row's end? There R has other weights.",
          eps_wrong(lambda b: b.norm(), tail=False)),
@@ -916,6 +995,10 @@ MPO_LOSS = Task(
          mpo_wrong(lambda o, batch, n: (o * batch.mask).sum() / n)),
         ("Is it a mean of the rows' means? N counts tokens.",
          mpo_wrong(lambda o, batch, n: -reference.masked_mean(o, batch.mask, 1).mean())),
+        ("Has each token its own advantage? Yours have their row's first one.",
+         lambda log_ratio, batch, *rest: reference.mpo_loss(
+             log_ratio, batch._replace(
+                 advantages=batch.advantages[:, :1].expand_as(log_ratio)), *rest)),
         ("Do you forget cfg.scale_eps?", eps_ignored),
     ],
     drawn_mpo,
@@ -1011,12 +1094,17 @@ LOCALIZE_UNCERTAIN = Task(
         Case("right at the threshold", (DOUBTS, [0, 3, 5], 0.6), 3),
         Case("no doubt, so the least likely token", (DOUBTS, [0, 2, 6], 0.1), 2),
         Case("in the first step", ([0.4, 0.9, 0.3], [0, 2], 0.5), 1),
+        Case("three doubts", ([0.4, 0.9, 0.3, 0.9, 0.45], [0, 2, 4], 0.5), 1),
     ],
     [
         ("Are your steps numbered from 0?",
          lambda *args: reference.localise_uncertain(*args) - 1),
         ("Do you look for the least likely token of all? The first doubt counts.",
          lambda probs, starts, threshold: localise_surprise(probs, starts)),
+        ("Do you take the last doubt? The first one counts.",
+         lambda probs, starts, threshold: step_of(
+             max((t for t, p in enumerate(probs) if p < threshold), default=probs.index(
+                 min(probs))), starts)),
         ("Is a token right at the threshold a doubt?", uncertain(lambda p, rho: p <= rho)),
         ("What if there is no doubt? The first step is not the answer.",
          uncertain(lambda p, rho: p < rho, lambda probs, starts: 1)),
@@ -1090,6 +1178,9 @@ RESET_LOSS = Task(
                                     batch.mask, 1).sum() / n,
              torch.zeros_like(batch.mask)) if not clip_eps
          else reference.reset_loss(logprobs, batch, n, clip_eps)),
+        ("With a clip, do you take the log-probability for the log-ratio?",
+         lambda logprobs, batch, *rest: reference.reset_loss(
+             logprobs, batch._replace(old_logprobs=0 * logprobs), *rest)),
         ("Do you forget clip_eps?",
          lambda logprobs, batch, n, clip_eps: reference.reset_loss(logprobs, batch, n, 0.0)),
     ],
