@@ -113,14 +113,20 @@ def picture(yours: dict, reference: dict, accuracies: dict, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, key in zip(axes, ("accuracy", "loss")):
-        for run, name, line in ((reference, "reference", "-"), (yours, "yours", "--")):
-            axis.plot(range(1, len(run[key]) + 1), run[key], line, label=name)
-        axis.set(xlabel="step", ylabel=key)
-    ends = [f"{name} {before:.3f} to {after:.3f}" for name, (before, after) in accuracies.items()]
-    axes[0].set_title("held out: " + ", ".join(ends), fontsize=9)
-    axes[0].legend()
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    labels = dict(accuracy="share of right sampled answers", loss="loss (its size says little)")
+    lines = dict(reference=dict(color="silver", lw=4), yours=dict(color="black", ls="--"))
+    for axis, (key, label) in zip(axes, labels.items()):
+        for run, name in ((reference, "reference"), (yours, "yours")):
+            before, after = accuracies[name]
+            title = f"{name}: held-out accuracy {before:.3f} to {after:.3f}"
+            axis.plot(range(1, len(run[key]) + 1), run[key], label=title, **lines[name])
+        axis.set(xlabel="step of the run", ylabel=label)
+        axis.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(-0.03, 1.03)
+    handles, titles = axes[0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
     return True
 
