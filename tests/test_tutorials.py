@@ -6,8 +6,10 @@
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -244,6 +246,35 @@ def test_the_glossary_has_the_words():
     for word in ("rollout", "advantage", "value", "temperature", "warm start", "cutpoint", "localiser",
                  "seed", "step, round, update", "baseline", "critic"):  # fmt: skip
         assert re.search(rf"^\| {word}", words, re.MULTILINE), word
+
+
+def test_the_cells_for_colab_and_kaggle(tmp_path, monkeypatch):
+    """pip gets all that the scripts need but torch, which is held where it is; the flags exist."""
+    text = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## On Colab and Kaggle") :].split("\n## ")[0]
+    cells = re.findall(r"```\n(.*?)\n```", section, re.DOTALL)
+    [install] = [cell for cell in cells if cell.startswith("%%bash\n")]
+    install = install.removeprefix("%%bash\n").replace("python -m pip", "echo pip")
+    assert "echo pip install" in install
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = dict(cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", install], **options)
+    assert done.returncode == 0, done.stderr
+    assert "-c torch-there.txt -r requirements-without-torch.txt" in done.stdout
+    assert (tmp_path / "torch-there.txt").read_text() == f"torch=={torch.__version__}\n"
+    asked = (ROOT / "requirements.txt").read_text().splitlines()
+    [pinned] = [line for line in asked if re.match(r"torch\b", line)]
+    left = (tmp_path / "requirements-without-torch.txt").read_text().splitlines()
+    assert left == [line for line in asked if line != pinned] and len(left) == len(asked) - 1 > 1
+
+    commands = re.findall(r"^!python (spo)\.py ?(.*)$", "\n".join(cells), re.MULTILINE)
+    assert len(commands) == 3
+    for script, flags in commands:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+        cfg, run = common.parse_args(spo.Config, script, spo.__doc__, spo.TINY, spo.LARGE)
+    assert run.data in common.HUB and "0.5B" in run.model and run.show_every == 1
+    assert cfg.prompts == 16 and run.name == "gsm8k"
 
 
 def test_lines_can_be_told_apart_in_grey(helpers):
