@@ -882,8 +882,12 @@ def test_the_edition_has_no_solutions_keys_or_bugs(students):
         body = inspect.getsource(getattr(reference, task.name)).split('"""')[-1]
         lines |= {line.strip() for line in body.split("\n") if len(line.strip()) > 30}
     assert len(lines) > 40
-    for path in (students / "1_assignment").iterdir():
-        assert not [line for line in lines if line in path.read_text()], path
+    books = [path for path in students.rglob("*.ipynb")]
+    assert len(books) == 10
+    for path in [*(students / "1_assignment").rglob("*.*"), *books]:
+        text = path.read_text("utf-8") if path.is_file() else ""
+        assert not [x for x in lines if x in text or json.dumps(x)[1:-1] in text], path
+        assert "<details>" not in text, path
         assert not (path.suffix == ".py" and grader.copies(path.read_bytes())), path
 
 
@@ -906,6 +910,36 @@ def test_what_is_left_of_the_assignment_works(students, tmp_path):
     assert code == 1 and "Is your minimum taken before the advantage comes in?" in out
     text = (folder / "README.md").read_text()
     assert "python check.py" in text and "pytest" not in text and "train.py" not in text
+
+
+def test_the_notebooks_of_the_edition_have_the_kept_pictures_and_nothing_folded(students):
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
+        whole = json.loads(path.read_text("utf-8"))["cells"]
+        for folder in ("1_assignment/notebooks", "2_bug_lab/tutorials"):
+            text = (students / folder / path.name).read_text("utf-8")
+            left = json.loads(text)["cells"]
+            assert text.count("Your instructor has the solution") == 3
+            assert [c["source"] for c in left if c["cell_type"] == "code"] == [
+                c["source"] for c in whole if c["cell_type"] == "code"]
+            assert text.count('"image/png"') == path.read_text("utf-8").count('"image/png"') >= 2
+    text = (students / "1_assignment" / "README.md").read_text("utf-8")
+    assert "notebooks/README.md#one-order" in text
+    text = (students / "1_assignment" / "notebooks" / "README.md").read_text("utf-8")
+    assert "## One order" in text and "\n| rollout |" in text
+    for file in re.findall(r"\]\(([^)#:]+)", text):
+        assert (students / "1_assignment" / "notebooks" / file).exists(), file
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("name", [path.stem for path in sorted(STUDENT.parents[1].glob("*.ipynb"))])
+def test_the_editions_notebooks_run_from_a_clean_kernel(students, name):
+    nbclient, nbformat = (pytest.importorskip(x) for x in ("nbclient", "nbformat"))
+    for needed in ("ipykernel", "matplotlib"):
+        pytest.importorskip(needed)
+    folder = students / "2_bug_lab" / "tutorials"
+    book = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    where = dict(metadata=dict(path=str(folder)))
+    nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
 
 
 def test_what_is_left_of_the_lab_works(students, tmp_path):

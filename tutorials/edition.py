@@ -2,13 +2,18 @@
 
     python tutorials/edition.py FOLDER
 
-FOLDER/1_assignment: sheet, stubs, and a checker with cases instead of solutions.
+FOLDER/1_assignment: sheet, stubs, a checker with cases instead of solutions, and the notebooks to
+be read, with what they printed.
 FOLDER/2_bug_lab: the scripts, which are the solutions, to be handed out when the assignment is in:
-to train with one's own functions, and the bug lab with the runs that lie in runs/ (figures.py makes
-them) and without the bugs.
+to train with one's own functions, to run the notebooks, and the bug lab with the runs that lie in
+runs/ (figures.py makes them) and without the bugs.
+
+In the notebooks the exercises' solutions are left out, and the sources of functions that the
+assignment asks for. The scripts compute what is shown, so they run where these are.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,8 +27,11 @@ SECOND = (
     "tests/tiny_policy.py", "tutorials/curves.py", "tutorials/assignment/student.py",
     "tutorials/assignment/sandbox.py", "tutorials/assignment/train.py",
     "tutorials/bug_lab/README.md", "tutorials/bug_lab/bugs.py", "tutorials/bug_lab/catches.py",
-    "tutorials/bug_lab/lab.py", "tutorials/bug_lab/properties.py",
+    "tutorials/bug_lab/lab.py", "tutorials/bug_lab/properties.py", "tutorials/helpers.py",
+    "tutorials/mtp_heads.py", "tutorials/resets_theory.py", "tutorials/requirements.txt",
+    "tutorials/README.md", "README.md",
 )  # fmt: skip
+SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 RUN = ("metrics.csv", "summary.json", "samples.txt")
 
 
@@ -67,7 +75,33 @@ def sheet(text: str) -> str:
         "gives just your answers. Points are given by your instructor's grader.\nThe scripts come "
         "when the assignment is in, with the bug lab.\n\n"
         + text[end:train] + text[look:]
-    )  # fmt: skip
+    ).replace("](../README.md#one-order)", "](notebooks/README.md#one-order)")  # fmt: skip
+
+
+def notebook(text: str) -> str:
+    """A notebook without solutions and without the sources that the assignment asks for."""
+    book = json.loads(text)
+    for cell in book["cells"]:
+        if cell["cell_type"] == "markdown":
+            prose = SOLUTION.sub("*Your instructor has the solution.*", "".join(cell["source"]))
+            cell["source"] = prose.splitlines(keepends=True)
+            continue
+        for output in cell["outputs"]:  # helpers.source_text folds what the assignment asks for
+            if "".join(output.get("data", {}).get("text/markdown", "")).startswith("<details>"):
+                output["data"] = {"text/markdown": "*The assignment asks for this function.*"}
+    return json.dumps(book, ensure_ascii=False, indent=1) + "\n"
+
+
+def reading(text: str) -> str:
+    """README.md of the notebooks that are read beside the assignment: order and glossary."""
+    order, words = (text[text.index(f"## {name}") :].split("\n## ")[0].rstrip()
+                    for name in ("One order", "Words"))  # fmt: skip
+    order = order[: order.index("\n\nSo each notebook")].replace("](assignment)", "](../README.md)")
+    return (
+        "# Notebooks, to be read\n\nWith what they printed. To run them takes the scripts, which "
+        "come with the bug lab when the\nassignment is in. Sources that it asks for are left out "
+        f"till then.\n\n{order}\n\n{words}\n"
+    ).replace("](bug_lab)", "](../README.md)")
 
 
 def build(folder: Path, runs: Path) -> None:
@@ -77,6 +111,12 @@ def build(folder: Path, runs: Path) -> None:
         shutil.copy(ROOT / "tutorials" / "assignment" / name, first / name)
     readme = first / "README.md"
     readme.write_text(sheet(readme.read_text()))
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
+        for to in (first / "notebooks", second / "tutorials"):
+            to.mkdir(parents=True, exist_ok=True)
+            (to / path.name).write_text(notebook(path.read_text("utf-8")), "utf-8")
+    text = (ROOT / "tutorials" / "README.md").read_text("utf-8")
+    (first / "notebooks" / "README.md").write_text(reading(text), "utf-8")
     (first / "cases.json").write_text(json.dumps(cases()) + "\n")
     for name in SECOND:
         (second / name).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +137,7 @@ def main() -> None:
         sys.exit(f"{folder} is there already")
     build(folder, Path("runs"))
     count = len([*folder.glob("2_bug_lab/runs/lab-*")])
-    print(f"{folder}: 1_assignment, 2_bug_lab with {count} runs of the lab")
+    print(f"{folder}: 1_assignment with notebooks to read, 2_bug_lab with {count} runs of the lab")
 
 
 if __name__ == "__main__":
