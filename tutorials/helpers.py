@@ -31,10 +31,10 @@ import torch  # noqa: E402
 from IPython.display import Markdown, display  # noqa: E402
 
 import common  # noqa: E402
+from curves import style  # noqa: E402
 
 plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10, "hatch.linewidth": 0.6})
 SHADES = plt.get_cmap("RdBu")  # red: negative credit, blue: positive
-MARKERS, DASHES = "os^Dvx", ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 HATCHES = ["", "///", "...", "xx", "\\\\\\", "++"]
 TERMS, LONGEST = 5, 48  # sums of 3 to 5 terms, answers of at most 48 tokens
 
@@ -52,7 +52,9 @@ def source_text(*functions) -> str:
     text = f"```python\n{text}\n```"
     tasks = [f"<code>{f.__name__}</code>" for f in functions if f.__name__ in ASSIGNED]
     if tasks:
-        fold = f"Source (the assignment asks for {', '.join(tasks)}: write yours before you open it)"
+        fold = (
+            f"Source (the assignment asks for {', '.join(tasks)}: write yours before you open it)"
+        )
         text = f"<details><summary>{fold}</summary>\n\n{text}\n\n</details>"
     return text
 
@@ -211,11 +213,6 @@ def stderr(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def style(i: int) -> dict:
-    """Line i's colour, marker and dashes, so that lines can be told apart in grey."""
-    return dict(color=f"C{i}", marker=MARKERS[i % 6], linestyle=DASHES[i % 6], markersize=5)
-
-
 def whole_numbers(*axes) -> None:
     """Ticks at whole numbers only: tokens, updates and steps have no halves."""
     for axis in axes:
@@ -275,7 +272,9 @@ def draw_answers(rows: list[Row], legend: str, top: float = 1.0, shades=SHADES, 
     norm, said = plt.Normalize(low, top), [SAID]
     said += ["| opens a segment"] * any(row.starts for row in rows)
     said += ["frame: first wrong token"] * any(row.wrong is not None for row in rows)
-    said += ["hatched: negative"] * any(number < -0.02 * top for row in rows for number in row.numbers)
+    said += ["hatched: negative"] * any(
+        number < -0.02 * top for row in rows for number in row.numbers
+    )
     for y, row in enumerate(rows):
         for t, (piece, number) in enumerate(zip(row.pieces, row.numbers)):
             colour = shades(norm(number))
