@@ -154,7 +154,9 @@ def sample(
 
     max_new_tokens: one budget, or one per prefix. bar: what to call it if it takes long. Draws from
     softmax(logits / temperature) over the whole vocabulary, whatever the checkpoint's
-    generation_config says: the sampled policy is the scored one.
+    generation_config says: the sampled policy is the scored one. Raises ValueError for an empty
+    prefix, n < 1, a temperature that is not above 0, a number of budgets that is not one per
+    prefix, or more positions than the model has.
     """
     one = isinstance(max_new_tokens, int)
     budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)
@@ -379,7 +381,8 @@ class KeyValues(DynamicCache):
 
 def cache_keyword(model) -> str:
     """The name that the installed transformers has for keys and values kept from earlier tokens: by
-    the model's signature, for many swallow a keyword that they do not know, and lose context."""
+    the model's signature, for many swallow a keyword that they do not know, and lose context.
+    Raises ValueError for a model that takes none."""
     known = inspect.signature(model.base_model.forward).parameters
     for name in ("cache", "past_key_values"):
         if name in known:
@@ -1711,26 +1714,32 @@ def log_step(
 
 
 FEW = 64  # answers: if they all fail, less than 1 in 20 is right
-FORM = "the form that --prompt asks for (--warm_start_steps teaches it)"
-NO_FORM = f"ended without a final answer in {FORM}"
-CUT = "were cut by their budget (--max_new_tokens)"
-WRONG = "were wrong (easier --data, as --terms 3 is, or a stronger --model)"
+FAILURES = dict(
+    no_form="ended without a final answer in the form that --prompt asks for (--warm_start_steps "
+    "teaches it)",
+    cut="were cut by their budget (--max_new_tokens)",
+    wrong="were wrong (easier --data, as --terms 3 is, or a stronger --model)",
+)
 
 
 def warn_if_no_reward(setup: Setup, step: int, progress: dict, answers: list[Rollout]) -> None:
     """Say once, after FEW answers or three steps without a reward, what became of them and which
     settings would help. Keeps count in `progress` until then."""
-    counts = progress.setdefault("failed", {NO_FORM: 0, CUT: 0, WRONG: 0})
+    counts = progress.setdefault("failed", dict.fromkeys(FAILURES, 0))
     if counts is None:
         return
     for r in answers:
-        counts[CUT if not r.finished else WRONG if in_form(r, setup.tokenizer) else NO_FORM] += 1
-    total, some = sum(counts.values()), any(r.reward for r in answers)
+        wrong = "wrong" if in_form(r, setup.tokenizer) else "no_form"
+        counts[wrong if r.finished else "cut"] += 1
+    total = sum(counts.values())
+    some = any(r.reward for r in answers)
     if not some and total < FEW and step + 1 != min(3, setup.cfg.steps):
         return
     progress["failed"] = None
     listed = sorted(counts, key=counts.get, reverse=True)
-    shares = ", ".join(f"{counts[why] / total:.0%} {why}" for why in listed if counts[why])
+    shares = ", ".join(
+        f"{counts[why] / total:.0%} {FAILURES[why]}" for why in listed if counts[why]
+    )
     if not some:
         tqdm.write(f"none of the first {total} answers got a reward: {shares}")
 

@@ -211,8 +211,8 @@ def drawn_accuracy(run: Run) -> list[float]:
 def listing(runs: list[Run]) -> list[str]:
     """A line a run below the columns' names; all curves have one scale."""
     means = [mean for run in runs for mean in binned(drawn_accuracy(run))] or [0.0]
-    table = [facts(run, min(means), max(means)) for run in runs]
-    lines = [list(table[0]), *(list(row.values()) for row in table)]
+    shown = [facts(run, min(means), max(means)) for run in runs]
+    lines = [list(shown[0]), *(list(line.values()) for line in shown)]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
@@ -278,14 +278,14 @@ def picture(runs: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns, across = own_columns(runs), 6
-    down = -(-len(columns) // across)
+    keys, across = own_columns(runs), 6
+    down = -(-len(keys) // across)
     figure = pyplot.figure(figsize=(13, 4.4 + 1.7 * down), layout="constrained")
     grid = figure.add_gridspec(1 + down, across, height_ratios=[2.2] + [1] * down)
     top = [figure.add_subplot(grid[0, 2 * i : 2 * i + 2]) for i in range(3)]
     for axis, x in zip(top, XS):
         draw_accuracy(axis, runs, x)
-    for n, key in enumerate(columns):
+    for n, key in enumerate(keys):
         draw_column(figure.add_subplot(grid[1 + n // across, n % across]), runs, key)
     figure.legend(*top[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     said = "marked: held out, with its standard error; pale: the answers trained on, "

@@ -3,7 +3,6 @@ kept until a script changes, and pictures. No algorithm stands in here: those ar
 """
 
 import contextlib
-import csv
 import hashlib
 import inspect
 import io
@@ -31,6 +30,7 @@ import torch  # noqa: E402
 from IPython.display import Markdown, display  # noqa: E402
 
 import common  # noqa: E402
+import curves  # noqa: E402
 from curves import style  # noqa: E402
 
 plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10, "hatch.linewidth": 0.6})
@@ -115,8 +115,7 @@ def desk(seed: int = 0) -> Desk:
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),
     ):
-        model, tokenizer = common.first_policy(run, device)
-        model, tokenizer = common.warm_started(run, train, model, tokenizer, common.Compute())
+        model, tokenizer = common.starting_policy(run, train, device, common.Compute())
     test = common.load_problems("sums", "test", 100, seed, TERMS)
     return Desk(model, tokenizer, train, test, common.wrong_facts(seed))
 
@@ -197,13 +196,11 @@ def small_runs(commands: dict[str, str], seeds=(0,)) -> list[Run]:
     if jobs:
         run_jobs([("warm", [seed]) for seed in seeds])
         run_jobs(jobs)
-    return [Run(*key, *read_run(folder)) for key, folder in folders.items()]
-
-
-def read_run(folder: Path) -> tuple[list[dict], dict]:
-    with open(folder / "metrics.csv") as file:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return rows, json.loads((folder / "summary.json").read_text())
+    runs = []
+    for (label, seed), folder in folders.items():
+        rows = curves.read_rows(folder / "metrics.csv")
+        runs.append(Run(label, seed, rows, curves.read_json(folder / "summary.json")))
+    return runs
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -185,12 +185,11 @@ def chosen_failure(model, tokenizer, problems, facts, generator) -> tuple[Failur
 def desk(seed: int = 0):
     """The notebooks' warm start (made if it is not there, half a minute), and its problems."""
     run = common.RunConfig(seed=seed, terms=TERMS, warm_start_steps=250)
-    train = common.load_problems("sums", "train", 512, seed, TERMS)
-    every = common.load_problems("sums", "train", None, seed, TERMS)
+    train = common.load_problems("sums", "train", None, seed, TERMS)
     with contextlib.chdir(ROOT):
-        model, tokenizer = common.first_policy(run, torch.device("cpu"))
-        model, tokenizer = common.warm_started(run, every, model, tokenizer, common.Compute())
-    return model, tokenizer, train, common.wrong_facts(seed)
+        device, compute = torch.device("cpu"), common.Compute()
+        model, tokenizer = common.starting_policy(run, train, device, compute)
+    return model, tokenizer, train[:512], common.wrong_facts(seed)
 
 
 # ----------------------------------------------------------------------------------------- drawing

@@ -116,13 +116,13 @@ def rollouts(prompts: list, trainer) -> dict:
         samples, accuracy = draw(trainer, model, problems)
     end = [trainer.processing_class.eos_token_id]
     empty = [Sample(end, end)] * (len(prompts) - len(samples))  # beside a tree's nodes with credit
-    batch = common.collate(samples + empty)
+    rows = samples + empty
+    batch = common.collate(rows)
     masked = trainer.method.startswith("spo")
     mask = spo.trained_tokens(batch, cfg) if masked else batch.mask  # (B, T) M
     mask[len(samples) :] = False
-    samples = samples + empty
     return dict(
-        prompt_ids=[s.context for s in samples], completion_ids=[s.ids for s in samples],
+        prompt_ids=[s.context for s in rows], completion_ids=[s.ids for s in rows],
         logprobs=None, env_mask=mask.int().tolist(), credit=batch.advantages.tolist(),
         accuracy=accuracy,
     )  # fmt: skip
@@ -187,8 +187,7 @@ class Trainer(GRPOTrainer):
         self.problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
         self.compute = Compute(torch.bfloat16 if args.bf16 else torch.float32)
         self.compute.training_tokens = common.training_tokens(device)
-        model, tokenizer = common.first_policy(run, device)
-        model, tokenizer = common.warm_started(run, self.problems, model, tokenizer, self.compute)
+        model, tokenizer = common.starting_policy(run, self.problems, device, self.compute)
         common.no_dropout(model)
         sizes = common.count_parameters(model), common.token_bytes(model, self.compute)
         fitting = common.sampling_tokens(common.free_memory(device), *sizes)
