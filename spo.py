@@ -59,7 +59,7 @@ Departures from the paper, and choices where paper and released code disagree:
  6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
     groups.
  7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
-    the paper's (LARGE). The rate is constant after its warm-up.
+    the paper's (LARGE).
  8. Without replay a round trains all nodes with A != 0. With it, at most replay_nodes of a problem
     and replay_total in all; the others wait, off-policy, and are dropped when replay_age rounds
     old. The authors' code shuffles and cuts, or repeats, to a fixed number.
@@ -70,6 +70,8 @@ Departures from the paper, and choices where paper and released code disagree:
 """
 
 import copy
+import math
+import operator
 import random
 import re
 import time
@@ -84,7 +86,7 @@ import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
 from common import BadInput, Batch, Compute, Problem, Rollout, Sample, arg
 from torch import Tensor
-from transformers import get_constant_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 
 @dataclass
@@ -124,7 +126,9 @@ class Config:
     batch_size: int = arg(0, "answers, or nodes, per update; 0: all of the round's", low=0)
     epochs: int = arg(1, "passes over each round's answers or nodes", low=1)
     steps: int = arg(100, "rounds of sampling and training", low=1)
-    lr: float = arg(5e-4, "AdamW's learning rate", above=0)
+    lr: float = arg(
+        5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
+    )
     warmup_updates: int = arg(10, "updates over which the learning rate rises from 0", low=0)
     clip_eps: float = arg(0.2, "clip range of the ratio (eps)", above=0)
     kl_coef: float = arg(
@@ -666,6 +670,15 @@ def fit(text: str, room: int) -> str:
 # -------------------------------------------------------------------------------------- the run
 
 
+def updates_of(cfg: Config) -> int:
+    """Updates per round; of trees the most there can be, for only nodes with A != 0 train."""
+    answers = cfg.prompts * cfg.group_size
+    if cfg.variant == "tree":
+        answers = cfg.prompts * sum(accumulate(cfg.branching, operator.mul))
+        answers = min(answers, cfg.replay_total) if cfg.replay_age else answers
+    return cfg.epochs * math.ceil(answers / (cfg.batch_size or answers))
+
+
 def headline(cfg: Config, train: list[Problem]) -> str:
     how = f"partition {cfg.partition}"
     if cfg.variant == "tree":
@@ -681,7 +694,8 @@ def main() -> None:
     cfg, run, compute = setup.cfg, setup.run, setup.compute
     model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, cfg.warmup_updates)
+    updates = updates_of(cfg)  # a round
+    schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
     trainer = common.make_trainer(setup, optimizer, schedule)
     generator = trainer.generator
     reference = reference_policy(setup) if cfg.kl_coef else None

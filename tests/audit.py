@@ -218,8 +218,8 @@ def formed(r) -> bool:
     """Did the answer end by itself, with a final answer?"""
     tokenizer = state["setup"].tokenizer
     text = tokenizer.decode(r.whole[:-1])
-    stated = [part.split("\n")[0].strip() for part in text.split("####")[1:]]
-    return r.whole[-1] == tokenizer.eos_token_id and any(stated)
+    stated = re.search(r"####[^\S\n]*(?!####)\S", text)
+    return r.whole[-1] == tokenizer.eos_token_id and bool(stated)
 
 
 def whole_answers(script) -> list:
@@ -236,9 +236,18 @@ def whole_answers(script) -> list:
 def learning_rate(script) -> float:
     cfg, done = state["setup"].cfg, state["updates"]
     rate = cfg.lr * min(1.0, done / cfg.warmup_updates)
-    if script.__name__ != "spo" and done > cfg.warmup_updates:
+    if done > cfg.warmup_updates:
         answers = cfg.prompts * (cfg.rollouts if script.__name__ == "reset_po" else cfg.group_size)
-        total = cfg.steps * cfg.epochs * answers // cfg.batch_size
+        if getattr(cfg, "variant", "") == "tree":  # as if all nodes of full trees were trained
+            answers = width = cfg.prompts
+            for children in cfg.branching:
+                width *= children
+                answers += width
+            answers -= cfg.prompts
+            if cfg.replay_age and answers > cfg.replay_total:
+                answers = cfg.replay_total
+        updates = cfg.epochs * math.ceil(answers / cfg.batch_size) if cfg.batch_size else cfg.epochs
+        total = cfg.steps * updates
         rate = cfg.lr * (total - done) / (total - cfg.warmup_updates)
     return rate
 

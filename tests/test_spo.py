@@ -664,6 +664,22 @@ def test_levels_weigh_alike_if_asked_for(model, monkeypatch):
     assert weighted.answers == plain.answers  # what is shown is the credit itself
 
 
+@pytest.mark.parametrize(
+    "options, updates",
+    [
+        (dict(prompts=8, group_size=4), 1),
+        (dict(prompts=8, group_size=4, batch_size=8, epochs=3), 12),
+        (dict(variant="tree", prompts=5, branching=[2, 3]), 1),
+        (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, epochs=2), 8),  # of 40
+        (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, replay_age=1,
+              replay_total=30), 3),
+        (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, replay_age=2), 4),
+    ],
+)  # fmt: skip
+def test_the_schedule_ends_with_the_most_updates_a_run_can_have(options, updates):
+    assert spo.updates_of(spo.Config(**options)) == updates
+
+
 def reward_by_answer(monkeypatch):
     """Each problem's answer is a token; an answer that begins with it is right."""
     monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
