@@ -56,8 +56,8 @@ Departures from the paper, and choices where paper and released code disagree:
  4. Prefixes are cut on token ids, never decoded and tokenised again.
  5. No top-p: the policy that is scored is exactly the one that sampled. On the built-in task the KL
     is off.
- 6. One answer per problem by default. V replaces the group's mean as baseline, so SPO needs no
-    groups.
+ 6. Two answers per problem by default, so that --partition trajectory makes GRPO of the same
+    answers. SPO itself needs no groups: V replaces the group's mean as baseline.
  7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
     the paper's (LARGE).
  8. Without replay a round trains all nodes with A != 0. With it, at most replay_nodes of a problem
@@ -99,7 +99,7 @@ class Config:
     threshold: float = arg(
         0.9, "a token sampled at a lower probability is a cutpoint (rho)", above=0, high=1
     )
-    continuations: int = arg(4, "chain: fresh ones per boundary, to estimate its value (N)", low=1)
+    continuations: int = arg(2, "chain: fresh ones per boundary, to estimate its value (N)", low=1)
     segment_tokens: int = arg(
         12, "fixed, tree: tokens of a segment; a tree's last ones run to the end", low=1
     )
@@ -122,10 +122,12 @@ class Config:
     replay_total: int = arg(512, "replay: most nodes in a round; the others wait", low=1)
     mask: bool = arg(True, "train only tokens below the threshold: the probability mask")
     prompts: int = arg(64, "problems per round", low=1)
-    group_size: int = arg(1, "chain: answers per problem (G)", low=1)
-    batch_size: int = arg(0, "answers, or nodes, per update; 0: all of the round's", low=0)
+    group_size: int = arg(2, "chain: answers per problem (G)", low=1)
+    batch_size: int = arg(
+        64, "answers, or nodes, per update, at most; 0: all of the round's", low=0
+    )
     epochs: int = arg(1, "passes over each round's answers or nodes", low=1)
-    steps: int = arg(100, "rounds of sampling and training", low=1)
+    steps: int = arg(60, "rounds of sampling and training", low=1)
     lr: float = arg(
         5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
     )
@@ -144,10 +146,11 @@ class Config:
             raise BadInput("--partition trajectory: needs a group, so --group_size 2 or more")
         tree, answer_count = self.variant == "tree", self.prompts * self.group_size
         # A chain's updates are all of one size; of trees it is not known how many nodes will train.
-        if not tree and self.batch_size and answer_count % self.batch_size:
+        if not tree and self.batch_size and answer_count % min(self.batch_size, answer_count):
             wrong = f"--batch_size {self.batch_size}"
             raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
-        if tree and (self.partition != "cutpoint" or self.group_size > 1):
+        given = (self.partition, self.group_size) != (Config.partition, Config.group_size)
+        if tree and given:
             raise BadInput("--variant tree: takes no --partition or --group_size, but --branching")
         if not tree and (self.replay_age or self.scale_advantages or self.level_weights):
             only = "--replay_age, --scale_advantages, --level_weights"
@@ -685,7 +688,7 @@ def headline(cfg: Config, train: list[Problem]) -> str:
         branching = "-".join(map(str, cfg.branching))
         how = f"segments of {cfg.segment_tokens} tokens, branching {branching}"
     sizes = f"{cfg.steps} rounds of {cfg.prompts} problems"
-    sizes += f" x {cfg.group_size} answers" if cfg.group_size > 1 else ""
+    sizes += f" x {cfg.group_size} answers" if cfg.variant == "chain" else ""
     return f"SPO-{cfg.variant}: {sizes}, {how}, mask {'on' if cfg.mask else 'off'}"
 
 

@@ -1057,9 +1057,9 @@ def test_a_config_that_cannot_work_is_refused():
     for bad in (
         dict(interval=0), dict(threshold=0.0), dict(threshold=1.01), dict(temperature=0.0),
         dict(temperature=math.nan), dict(lr=math.inf), dict(group_size=0), dict(batch_size=48),
-        dict(warmup_updates=-1), dict(partition="trajectory"), dict(branching=[2, 1]),
+        dict(warmup_updates=-1), dict(partition="trajectory", group_size=1), dict(branching=[2, 1]),
         dict(segment_tokens=0), dict(kl_coef=-1.0), dict(kl_coef=math.inf), dict(replay_age=-1),
-        dict(replay_age=2), dict(scale_advantages=True), dict(variant="tree", group_size=2),
+        dict(replay_age=2), dict(scale_advantages=True), dict(variant="tree", group_size=3),
         dict(level_weights=True),
         dict(variant="tree", partition="fixed"), dict(variant="tree", replay_nodes=0),
     ):  # fmt: skip
