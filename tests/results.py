@@ -1,302 +1,377 @@
-"""Reruns the tables of results in README.md. By hand, about an hour on two cores:
+"""Makes the evidence: tables of runs that differ in one thing, in tutorials/results/ and README.md.
 
-    python tests/results.py             everything: runs what is missing under runs/, then prints
-    python tests/results.py default     the tables of the default runs of SPO, on all cores
-    python tests/results.py compare     SPO beside GRPO, two runs at a time on a core each
-    python tests/results.py mpo         MPO: the default run, and K and weights, two at a time
-    python tests/results.py reset       resets: default runs, methods beside each other, localisers
+    python tests/results.py                   all tables: what is missing is run, the rest is kept
+    python tests/results.py spo resets        these tables
+    python tests/results.py --write           run nothing, only write from tutorials/results/runs.csv
+
+How a table comes about. Each row has a command. Its learning rate is the one of RATES with the best
+mean accuracy over RATE_SEEDS, which the table then does not use; the row is run with it for each of
+SEEDS. A seed is a table of wrong facts, a warm start and problems of its own, the same in all rows,
+so rows are compared seed by seed: the mean of the differences, with a 95 % interval (Student's t).
+Two runs at a time, on a core each; seconds are the processor's. Accuracy is on 250 held-out
+problems, 4 sampled answers each.
 """
 
+import argparse
 import csv
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
-
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT)]
 
-import common  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import mpo  # noqa: E402
 import reset_po  # noqa: E402
+import spo  # noqa: E402
 
-SEEDS = (0, 1, 2)
-GRPO = "--partition trajectory --prompts 8 --group_size 8 --steps 200 --eval_every 20"
-CHAIN = "--steps 100 --eval_every 10"
-# All but those of 64 problems x 8 and the trees train on 64 answers an update.
-COMPARED = {
-    "GRPO": f"{GRPO} --mask False",
-    "GRPO + mask": GRPO,
-    "GRPO + mask, 64 x 8": "--partition trajectory --group_size 8 --steps 80 --eval_every 10",
-    "VinePPO's partition": "--partition newline --mask False --steps 80 --eval_every 10",
-    "SPO-chain": CHAIN,
-    "SPO-chain, mask off": f"{CHAIN} --mask False",
-    "SPO-chain, interval 3": f"{CHAIN} --interval 3",
-    "SPO-tree, 2-2-2": f"{CHAIN} --variant tree",
-    "SPO-tree, 4-4": f"{CHAIN} --variant tree --branching 4 4 --segment_tokens 16 --prompts 32",
-}
-MPO_ROWS = {
-    "K = 1: GRPO": "--block_size 1",
-    **{
-        f"K = {k}, {name}": f"--block_size {k} --weights {weights}"
-        for k in (2, 5)
-        for name, weights in (("joint", "joint"), ("uniform", "uniform"), ("share 0.2", "0.2"))
-    },
-}
-RESET_ROWS = {
-    "GRPO, groups of 8": "--method grpo",
-    "RRPO: random step": "--method rrpo",
-    "SRPO, `uncertain`": "--localiser uncertain",
-    "SRPO, `surprise`": "--localiser surprise",
-    "SRPO, `oracle`": "--localiser oracle",
-}
-POINTS = {
-    "step": (20, 40, 80),
-    "sampled_tokens": (250_000, 500_000, 750_000),
-    "seconds": (15, 30, 45),
-}
+SCRIPTS = dict(spo=spo, mpo=mpo, reset_po=reset_po)
+RESULTS = ROOT / "tutorials" / "results"
+RATES = (2.5e-4, 5e-4, 1e-3)
+RATE_SEEDS, SEEDS = (100, 101), tuple(range(10))
+T_95 = 2.262  # Student's t for ten seeds: 97.5 % of the mass with 9 degrees of freedom
+ALL = "--eval_problems 250 --eval_every 30 --show_every 0"
 
 
-# On one core a run's seconds are those of the processor, whatever else the machine does meanwhile.
-CPU_CLOCK = """
-import os, runpy, sys, time
-time.time = time.process_time
-sys.argv, sys.path[0] = sys.argv[1:], os.path.dirname(sys.argv[1])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+BEGIN, END = "<!-- results: made by tests/results.py -->", "<!-- end of results -->"
+FRONT = ("spo", "tree", "resets", "mpo")  # the tables whose rows the front page shows
+MEANS = ("before", "after", "in_form", "tokens", "seconds")
+LEGEND = (
+    "After: mean over ten seeds ± half a 95 % interval. Effect: of the paired differences, with "
+    "their 95 % interval."
+)
 
 
-def run(name: str, flags: str, threads: int | None = None, script="spo") -> Path:
-    """Run the script unless it is done already; returns the run's folder."""
-    folder = Path("runs", name)
+class Row(NamedTuple):
+    name: str
+    flags: str
+    answers: str  # problems x answers, or leaves, of a round
+    beside: str = ""  # the row that it differs from in one thing
+    difference: str = ""  # which
+
+
+class Table(NamedTuple):
+    title: str
+    script: str
+    flags: str  # of all rows
+    rows: list[Row]
+    columns: tuple[str, ...] = ()  # of metrics.csv, whose means over the run are shown too
+
+
+GRPO = "--partition trajectory"
+TABLES = dict(
+    spo=Table(
+        "SPO-chain beside GRPO",
+        "spo",
+        "",
+        [
+            Row("GRPO + mask", GRPO, "64 x 2"),
+            Row("SPO-chain", "", "64 x 2", "GRPO + mask", "a value for each segment"),
+        ],
+        ("trained",),
+    ),
+)
+
+
+class Run(NamedTuple):
+    """A line of runs.csv: what one run came to."""
+
+    table: str
+    row: str
+    lr: float
+    seed: int
+    command: str
+    before: float
+    after: float
+    in_form: float
+    tokens: int
+    seconds: float
+    curve: list[list[float]]  # round, tokens, seconds and held-out accuracy where it was evaluated
+    means: dict[str, float]  # over the run, of the columns of metrics.csv that the table shows
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def command(table: Table, row: Row, lr: float, seed: int) -> str:
+    flags = f"{table.flags} {row.flags} {ALL} --lr {lr:g} --seed {seed}"
+    return " ".join(f"python {table.script}.py {flags}".split())
+
+
+def start(script: str, flags: list[str]) -> None:
+    """Run a script's main in a fork of this process, which has imported everything already. Seconds
+    are the processor's, whatever else the machine does. Raises RuntimeError if the run fails."""
+    pid = os.fork()
+    if not pid:
+        # It prints into a file beside its folder.
+        log = open(Path("runs", f"{flags[-1]}.log"), "w")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        time.time = time.process_time
+        sys.argv = [f"{script}.py", *flags]
+        try:
+            SCRIPTS[script].main()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError(f"failed: {script}.py {' '.join(flags)}")
+
+
+def make(job: tuple[str, Row, float, int]) -> Run:
+    """Run a row's command, in a folder that says which it is; what has ended is not run again."""
+    name, row, lr, seed = job
+    table = TABLES[name]
+    told = command(table, row, lr, seed)
+    folder = Path("runs", f"{name}-{table.rows.index(row)}-{lr:g}-{seed}")
     if not (folder / "summary.json").exists():
-        env = dict(os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
-        flags = f"{flags} --name {name}" + (" --resume" if folder.exists() else "")
-        clock = ["-c", CPU_CLOCK] if threads == 1 else []
-        command = [sys.executable, *clock, str(ROOT / f"{script}.py"), *flags.split()]
-        subprocess.run(command, check=True, env=env, capture_output=True)
-    return folder
+        start(table.script, [*told.split()[2:], "--name", folder.name])
+    facts = json.loads((folder / "summary.json").read_text())
+    with open(folder / "metrics.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    curve = [[0, 0, 0, facts["accuracy_before"]]]
+    lines[-1]["held_out"] = facts["accuracy_after"]
+    for line in lines:
+        if line["held_out"] != "":
+            at = [float(line[key]) for key in ("step", "sampled_tokens", "seconds", "held_out")]
+            curve.append(at)
+    means = {key: statistics.mean(float(line[key]) for line in lines) for key in table.columns}
+    return Run(
+        name, row.name, lr, seed, told, facts["accuracy_before"], facts["accuracy_after"],
+        facts["in_form_after"], facts["sampled_tokens"], round(facts["seconds"], 1), curve, means,
+    )  # fmt: skip
 
 
-def pm(values: list[float], digits: int) -> str:
-    """Mean over seeds and its standard error."""
-    stderr = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {stderr:.{digits}f}"
+def read_kept(path: Path) -> dict[str, Run]:
+    """The runs kept in the file, by their commands: a row may change its name or table."""
+    kept = {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                for key in ("curve", "means", "lr", "seed", "before", "after", "in_form", "tokens"):
+                    line[key] = json.loads(line[key])
+                kept[line["command"]] = Run(**line | dict(seconds=float(line["seconds"])))
+    return kept
 
 
-def accuracy_at(folder: Path, column: str, point: float) -> float | None:
-    """Held-out accuracy when `column` stood at `point`, between the two nearest evaluations."""
-    before = json.loads((folder / "summary.json").read_text())["accuracy_before"]
-    with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["held_out"]]
-    curve = [(0.0, before)] + [(float(row[column]), float(row["held_out"])) for row in rows]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        if x0 <= point <= x1:
-            return y0 + (y1 - y0) * (point - x0) / (x1 - x0)
-    return None  # beyond the run's end
+def keep(path: Path, run: Run) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, Run._fields)
+        if new:
+            writer.writeheader()
+        facts = run._asdict()
+        writer.writerow(facts | {key: json.dumps(facts[key]) for key in ("curve", "means")})
 
 
-def summary(name: str) -> dict:
-    return json.loads(Path("runs", name, "summary.json").read_text())
+def make_missing(what: str, jobs: list[tuple], kept: dict[str, Run], path: Path) -> None:
+    """Two runs at a time; each is written down when it ends. The warm starts come first: two runs
+    of a seed would each make their own."""
+    jobs = [job for job in jobs if command(TABLES[job[0]], *job[1:]) not in kept]
+    if not jobs:
+        return
+    Path("runs").mkdir(exist_ok=True)
+    first = {seed: (name, row, lr) for name, row, lr, seed in reversed(jobs)}
+    warm = []
+    for seed, (name, row, lr) in first.items():
+        told = command(TABLES[name], row, lr, seed).split()[2:]
+        flags = [*told, "--steps", "1", "--eval_problems", "1", "--name", f"warm-{name}-{seed}"]
+        if not Path("runs", flags[-1], "summary.json").exists():
+            warm.append((TABLES[name].script, flags))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.starmap(start, warm, chunksize=1)
+        for run in tqdm(pool.imap_unordered(make, jobs), what, len(jobs), unit="run"):
+            kept[run.command] = run
+            keep(path, run)
 
 
-def over_run(name: str, column: str) -> float:
-    """Mean of a column of metrics.csv."""
-    with open(Path("runs", name, "metrics.csv")) as file:
-        return statistics.mean(float(row[column]) for row in csv.DictReader(file))
+def make_table(name: str, kept: dict[str, Run], path: Path) -> None:
+    rows = TABLES[name].rows
+    rates = [(name, row, lr, seed) for seed in RATE_SEEDS for row in rows for lr in RATES]
+    make_missing(f"{name}: rates", rates, kept, path)
+    chosen = {row.name: chosen_rate(name, row, kept) for row in rows}
+    jobs = [(name, row, chosen[row.name], seed) for seed in SEEDS for row in rows]
+    make_missing(f"{name}: seeds", jobs, kept, path)
 
 
-def run_all(jobs: list[tuple[str, str]], script: str) -> None:
-    """(name, flags) each, two at a time on a core each; the warm starts first: two runs at once
-    would each make their own."""
-    for seed in SEEDS:
-        run(f"warm-{seed}", f"--seed {seed} --steps 1", threads=1)
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: run(*job, threads=1, script=script), jobs)
-        list(tqdm(results, script, len(jobs), unit="run"))
+# ---------------------------------------------------------------------------- what they come to
 
 
-def default_table(name: str, flags: str) -> None:
-    for seed in SEEDS:
-        run(f"{name}-{seed}", f"--seed {seed} {flags}")
-    summaries = [summary(f"{name}-{seed}") for seed in SEEDS]
-    print("| seed | before | after | greedy | pass@4 | tokens | training |")
-    print("|---|---|---|---|---|---|---|")
-    for seed, s in zip(SEEDS, summaries):
-        print(
-            f"| {seed} | {s['accuracy_before']:.3f} | {s['accuracy_after']:.3f} "
-            f"± {s['accuracy_stderr']:.3f} | {s['greedy_after']:.3f} "
-            f"| {s['pass_at_k_after']:.3f} | {s['sampled_tokens'] / 1e6:.2f} M "
-            f"| {s['seconds']:.0f} s |"
-        )
-    print(f"\nmean over seeds: {pm([s['accuracy_after'] for s in summaries], 3)}")
-    hits = ", ".join(f"{s['credit_hit']:.2f} (chance {s['credit_chance']:.2f})" for s in summaries)
-    print(f"credit hits, by seed: {hits}\n")
+def runs_of(name: str, row: Row, lr: float, seeds, kept: dict[str, Run]) -> list[Run]:
+    return [kept[command(TABLES[name], row, lr, seed)] for seed in seeds]
 
 
-def other_default(label: str, script: str, name: str, flags: str = "") -> None:
-    """A script's default run on all cores, one seed a column, and the time of the whole process."""
-    cells, summaries = [], []
-    for seed in SEEDS:
-        began = time.time()
-        run(f"{name}-{seed}", f"--seed {seed} {flags}", script=script)
-        s = summary(f"{name}-{seed}")
-        took = f", {time.time() - began:.0f} s" if time.time() - began > s["seconds"] else ""
-        cells.append(f"{s['accuracy_after']:.3f} ± {s['accuracy_stderr']:.3f}{took}")
-        summaries.append(s)
-    cells.append(pm([s["accuracy_after"] for s in summaries], 3))
-    for column, scale, unit in (("sampled_tokens", 1e6, "M"), ("seconds", 1, "s")):
-        values = [s[column] / scale for s in summaries]
-        digits = 2 if unit == "M" else 0
-        cells.append(f"{min(values):.{digits}f} to {max(values):.{digits}f} {unit}")
-    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+def chosen_rate(name: str, row: Row, kept: dict[str, Run]) -> float:
+    """The rate with the best mean accuracy over RATE_SEEDS; of equals the lower."""
+
+    def mean(lr: float) -> float:
+        return statistics.mean(run.after for run in runs_of(name, row, lr, RATE_SEEDS, kept))
+
+    return max(RATES, key=mean)  # the first of equals
 
 
-def mpo_table() -> None:
-    """K = 1 has one ratio, so its rescaled clip range is its clip range."""
-    rows = list(enumerate(MPO_ROWS.values()))
-    jobs = [(f"mpo-{i}-{s}", f"--seed {s} {flags}") for i, flags in rows for s in SEEDS]
-    scaled = [(f"mpo-{i}-{s}-scaled", f"--seed {s} {flags}") for i, flags in rows for s in SEEDS]
-    jobs += [(name, f"{flags} --scale_eps True") for name, flags in scaled[len(SEEDS) :]]
-    run_all(jobs, "mpo")
-    heads = "accuracy | ratio var | block's | cut % | block's"
-    heads += " | scaled eps: accuracy | block's cut %"
-    print(f"| | {heads} |\n|---{'|---' * 7}|")
-    for i, name in enumerate(MPO_ROWS):
-        cells = []
-        for tail in ("", "-scaled") if i else ("",):
-            names = [f"mpo-{i}-{seed}{tail}" for seed in SEEDS]
-            cells.append(pm([summary(name)["accuracy_after"] for name in names], 3))
-            columns = ["token_ratio_var", "block_ratio_var", "token_clip", "block_clip"]
-            for column in columns[3:] if tail else columns:
-                mean = statistics.mean(over_run(name, column) for name in names)
-                cells.append(f"{mean:.4f}" if "var" in column else f"{100 * mean:.2f}")
-        print(f"| {name} | {' | '.join(cells + [''] * (7 - len(cells)))} |")
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval by Student's t: t s / sqrt(n), s with n - 1."""
+    return statistics.mean(values), T_95 * statistics.stdev(values) / len(values) ** 0.5
 
 
-def mpo_stress_table() -> None:
-    """Far off-policy: 16 updates on each step's answers."""
-    rows = {name: flags for name, flags in MPO_ROWS.items() if "K = 2" not in name}
-    scaled = {name: flags for name, flags in rows.items() if "K = 1" not in name}
-    run_all(curve_jobs(rows, "mpo-stress", "--epochs 4 --steps 25"), "mpo")
-    more = "--epochs 4 --steps 25 --scale_eps True"
-    run_all(curve_jobs(scaled, "mpo-stress-scaled", more), "mpo")
-    heads = "accuracy | ratio var | block's | cut % | block's | scaled eps: accuracy"
-    print(f"| | {heads} |\n|---{'|---' * 6}|")
-    for i, name in enumerate(rows):
-        names = [f"mpo-stress-{i}-{seed}" for seed in SEEDS]
-        cells = [pm([summary(name)["accuracy_after"] for name in names], 2)]
-        for column in ("token_ratio_var", "block_ratio_var", "token_clip", "block_clip"):
-            mean = statistics.mean(over_run(name, column) for name in names)
-            cells.append(f"{mean:.2f}" if "var" in column else f"{100 * mean:.1f}")
-        names = [f"mpo-stress-scaled-{i - 1}-{seed}" for seed in SEEDS]
-        cells.append(pm([summary(name)["accuracy_after"] for name in names], 2) if i else "")
-        print(f"| {name} | {' | '.join(cells)} |")
+def differences(row: Row, results: dict[str, list[Run]]) -> list[float]:
+    """Accuracy of the row less that of the one beside it, seed by seed."""
+    beside = {run.seed: run.after for run in results[row.beside]}
+    return [run.after - beside[run.seed] for run in results[row.name]]
 
 
-def curve_table(rows: dict[str, str], prefix: str, columns: list[str]) -> None:
-    """Held-out accuracy of each row's runs where a column of metrics.csv stood at its POINTS."""
-    units = dict(step="updates", sampled_tokens="tokens", seconds="s")
-    heads = [f"{point:,} {units[c]}" for c in columns for point in POINTS[c]]
-    print(f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
-    for i, name in enumerate(rows):
-        cells = []
-        for column in columns:
-            for point in POINTS[column]:
-                folders = [Path("runs", f"{prefix}-{i}-{seed}") for seed in SEEDS]
-                values = [accuracy_at(folder, column, point) for folder in folders]
-                cells.append("" if None in values else pm(values, 2))
-        print(f"| {name} | {' | '.join(cells)} |")
+def verdict(values: list[float]) -> str:
+    """What the 95 % interval of differences allows to say."""
+    mean, half = interval(values)
+    if abs(mean) <= half:
+        return "is not told apart from"
+    return "is ahead of" if mean > 0 else "is behind"
 
 
-def curve_jobs(rows: dict[str, str], prefix: str, more: str = "") -> list[tuple[str, str]]:
-    numbered = enumerate(rows.values())
-    pairs = [(i, flags, seed) for i, flags in numbered for seed in SEEDS]
-    return [(f"{prefix}-{i}-{seed}", f"--seed {seed} {flags} {more}") for i, flags, seed in pairs]
+def signed(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def compare_table() -> None:
-    run_all(curve_jobs(COMPARED, "compare", "--eval_problems 300"), "spo")
-    curve_table(COMPARED, "compare", ["step", "sampled_tokens", "seconds"])
-    print("\n| | tokens a step | trained segments a step | tokens for each |\n|---|---|---|---|")
-    for i, name in enumerate(COMPARED):
-        names = [f"compare-{i}-{seed}" for seed in SEEDS]
-        steps = [len((Path("runs", n, "metrics.csv")).read_text().split()) - 1 for n in names]
-        tokens = [summary(n)["sampled_tokens"] / count for n, count in zip(names, steps)]
-        trained = [over_run(n, "trained") for n in names]
-        ratios = [t / k for t, k in zip(tokens, trained)]
-        print(f"| {name} | {pm(tokens, 0)} | {pm(trained, 0)} | {pm(ratios, 0)} |")
+def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[str, list[Run]]]:
+    """The rate of each row, and its runs with that rate, one a seed. Raises KeyError if one is
+    missing."""
+    rows = TABLES[name].rows
+    rates = {row.name: chosen_rate(name, row, kept) for row in rows}
+    return rates, {row.name: runs_of(name, row, rates[row.name], SEEDS, kept) for row in rows}
 
 
-def localiser_row(folder: Path, seed: int, problems: int) -> list[reset_po.Reset]:
-    """The failures of a policy on problems that it was not trained on, not reset yet."""
-    model, tokenizer = common.load_policy(folder, "cpu")
-    test = common.load_problems("sums", "validation", problems, seed)
-    states = [common.initial_state(tokenizer, problem) for problem in test]
-    options = dict(generator=torch.Generator().manual_seed(seed))
-    failed = []
-    for problem, r in zip(test, common.complete(model, tokenizer, states, 1, 80, **options)):
-        if not r.reward and common.first_wrong_token(r.ids, problem, tokenizer) is not None:
-            failed.append((problem, common.Sample(r.prompt, r.ids)))
-    common.score(model, [s for _, s in failed], 1.0)
-    resets = []
-    for problem, s in failed:
-        starts = reset_po.step_starts(s.ids, tokenizer)
-        truth = reset_po.localise_oracle(s.ids, starts, problem, tokenizer)
-        resets.append(reset_po.Reset(problem, s, starts, 0, truth, []))
-    return resets
+def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
+    """The front page's: what was trained on, what it took, what came, and beside what."""
+    lines = [
+        "| | answers a round | tokens | held-out accuracy | differs from the row above by | effect |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        _, results = results_of(name, kept)
+        for row in TABLES[name].rows:
+            runs = results[row.name]
+            tokens = statistics.mean(run.tokens for run in runs) / 1e6
+            mean, half = interval([run.after for run in runs])
+            effect = ("", "")
+            if row.beside:
+                effect = row.difference, signed(differences(row, results))
+            cells = [row.name, row.answers, f"{tokens:.2f} M", f"{mean:.3f} ± {half:.3f}", *effect]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def localiser_table(problems: int) -> None:
-    """How often the localisers name the first wrong step, and it or an earlier one, before and
-    after the default SRPO runs: figures pooled over seeds."""
-    print("| failures of | | by chance | `uncertain` | `surprise` |\n|---|---|---|---|---|")
-    cpu, threshold = torch.device("cpu"), reset_po.Config().threshold
-    for label in ("warm start", "after the run"):
-        resets = []
-        for seed in SEEDS:
-            folder = Path("runs", f"reset-srpo-{seed}", "checkpoint")
-            if label == "warm start":
-                train = common.load_problems("sums", "train", None, seed)
-                settings = common.RunConfig(seed=seed)
-                model, tokenizer = common.first_policy(settings, cpu)
-                folder = common.warm_start(settings, train, model, tokenizer)
-            resets += localiser_row(folder, seed, problems)
-        cells = []
-        for localise in (
-            lambda probs, starts: reset_po.localise_uncertain(probs, starts, threshold),
-            reset_po.localise_surprise,
-        ):
-            named = [localise(reset_po.probs_of(r.seed), r.starts) for r in resets]
-            named = [r._replace(named=h) for r, h in zip(resets, named)]
-            cells.append(reset_po.locate_counts(named))
-        count = cells[0]["failures"]
-        shares = [(c["hit"] / count, c["at_or_before"] / count) for c in cells]
-        chance = cells[0]["hit_chance"] / count, cells[0]["at_or_before_chance"] / count
-        texts = [f"{100 * x:.0f} / {100 * y:.0f} %" for x, y in (chance, *shares)]
-        print(f"| {label} | {count:,} | {' | '.join(texts)} |")
+def long_table(name: str, kept: dict[str, Run]) -> list[str]:
+    """All there is to say of a table: rates, ranges over seeds, a sentence a row, and commands."""
+    table = TABLES[name]
+    rates, results = results_of(name, kept)
+    heads = ["", "rate", "answers a round", "before", "after", "lowest", "in form", "tokens"]
+    heads += ["seconds", *table.columns]
+    lines = [f"## {table.title}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in table.rows:
+        runs = results[row.name]
+        mean = {key: statistics.mean(getattr(run, key) for run in runs) for key in MEANS}
+        half = interval([run.after for run in runs])[1]
+        cells = [row.name, f"{rates[row.name]:g}", row.answers, f"{mean['before']:.3f}"]
+        cells += [f"{mean['after']:.3f} ± {half:.3f}", f"{min(run.after for run in runs):.3f}"]
+        cells += [f"{mean['in_form']:.1%}", f"{mean['tokens'] / 1e6:.2f} M"]
+        cells += [f"{mean['seconds']:.0f}"]
+        for key in table.columns:
+            cells.append(f"{statistics.mean(run.means[key] for run in runs):.3g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for row in table.rows:
+        if row.beside:
+            values = differences(row, results)
+            said = f"**{row.name}** {verdict(values)} {row.beside} ({row.difference})"
+            lines.append(f"* {said}: {signed(values)}.")
+    lines += ["", "Accuracy at each rate on the seeds that choose it:", ""]
+    lines += [f"| | {' | '.join(f'{lr:g}' for lr in RATES)} |", "|---" * (1 + len(RATES)) + "|"]
+    for row in table.rows:
+        cells = [row.name]
+        for lr in RATES:
+            runs = runs_of(name, row, lr, RATE_SEEDS, kept)
+            cells.append(", ".join(f"{run.after:.3f}" for run in runs))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "The commands, of seed 0:", ""]
+    for row in table.rows:
+        lines.append(f"    {command(table, row, rates[row.name], SEEDS[0])}")
+    return lines
+
+
+def complete_tables(kept: dict[str, Run]) -> list[str]:
+    """The tables that have all their runs."""
+    found = []
+    for name in TABLES:
+        try:
+            results_of(name, kept)
+        except KeyError:
+            continue
+        found.append(name)
+    return found
+
+
+def front_page(readme: str, kept: dict[str, Run]) -> str:
+    """The README with its block of results, or as it was if no table is complete."""
+    names = [name for name in complete_tables(kept) if name in FRONT]
+    if not names:
+        return readme
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return before + "\n".join([BEGIN, *short_table(names, kept), END]) + after
+
+
+def tables_page(kept: dict[str, Run]) -> str:
+    lines = ["# Tables", "", f"Made by `python tests/results.py`, which says how. {LEGEND}", ""]
+    for name in complete_tables(kept):
+        lines += [*long_table(name, kept), ""]
+    return "\n".join(lines)
+
+
+def curves_file(kept: dict[str, Run]) -> str:
+    """The runs of complete tables where they were evaluated, for tutorials/pictures.py."""
+    lines = ["table,row,seed,rounds,tokens,seconds,held_out"]
+    for name in complete_tables(kept):
+        for row, runs in results_of(name, kept)[1].items():
+            for run in runs:
+                for rounds, tokens, seconds, held_out in run.curve:
+                    point = f"{rounds:.0f},{tokens:.0f},{seconds:.1f},{held_out:.4f}"
+                    lines.append(f'{name},"{row}",{run.seed},{point}')
+    return "\n".join(lines) + "\n"
+
+
+def write_all(kept: dict[str, Run]) -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(front_page(readme.read_text("utf-8"), kept), "utf-8")
+    (RESULTS / "tables.md").write_text(tables_page(kept), "utf-8")
+    (RESULTS / "curves.csv").write_text(curves_file(kept), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; all if none is named")
+    parser.add_argument("--write", action="store_true", help="run nothing, only write")
+    args = parser.parse_args()
+    if unknown := [name for name in args.tables if name not in TABLES]:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    torch.set_num_threads(1)  # as in a fork: the threads of a pool do not survive one
+    path = RESULTS / "runs.csv"
+    kept = read_kept(path)
+    for name in [] if args.write else args.tables or list(TABLES):
+        make_table(name, kept, path)
+        write_all(kept)
+    write_all(kept)
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["default", "compare", "mpo", "reset"]
-    if "default" in chosen:
-        default_table("default", "")
-        default_table("default-tree", "--variant tree")
-    if "compare" in chosen:
-        compare_table()
-    if "mpo" in chosen:
-        other_default("`mpo.py`", "mpo", "mpo-default")
-        mpo_table()
-        mpo_stress_table()
-    if "reset" in chosen:
-        other_default("`reset_po.py`", "reset_po", "reset-srpo")
-        other_default("`reset_po.py --method rrpo`", "reset_po", "reset-rrpo", "--method rrpo")
-        run_all(curve_jobs(RESET_ROWS, "resets", "--eval_every 10"), "reset_po")
-        curve_table(RESET_ROWS, "resets", ["step", "sampled_tokens"])
-        localiser_table(problems=2000)
+    main()

@@ -111,32 +111,32 @@ def test_every_method_has_to_say_something():
 
 
 def written(path: Path, rows=pictures.CHOSEN) -> Path:
-    lines = ["table,row,seed,updates,tokens,seconds,held_out", "mpo,GRPO,0,0,0,0,0.9"]
+    lines = ["table,row,seed,rounds,tokens,seconds,held_out", "mpo,GRPO,0,0,0,0,0.9"]
     for n, row in enumerate(rows):
         name = f'"{row}"' if "," in row else row
         for seed in range(3):
-            for updates in (0, 20, 40, 80):
-                rise = 0.2 + (0.3 + 0.1 * n) * (updates / 80) ** 0.5
-                rise += 0.02 * random.Random(f"{row}{seed}{updates}").random()
-                tokens = updates * (3000 + 4000 * n) + seed
-                lines.append(f"spo,{name},{seed},{updates},{tokens},{updates / 2},{rise:.4f}")
+            for rounds in (0, 20, 40, 80):
+                rise = 0.2 + (0.3 + 0.1 * n) * (rounds / 80) ** 0.5
+                rise += 0.02 * random.Random(f"{row}{seed}{rounds}").random()
+                tokens = rounds * (3000 + 4000 * n) + seed
+                lines.append(f"spo,{name},{seed},{rounds},{tokens},{rounds / 2},{rise:.4f}")
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def test_curves_are_means_with_an_interval_of_95_percent(tmp_path):
     path = tmp_path / "curves.csv"
-    path.write_text("table,row,seed,updates,tokens,seconds,held_out\n"
+    path.write_text("table,row,seed,rounds,tokens,seconds,held_out\n"
                     "spo,GRPO,0,20,100,1,0.5\nspo,GRPO,1,20,300,1,0.7\nspo,GRPO,0,0,0,0,0.25\n"
                     "spo,GRPO,0,40,200,2,\nmpo,GRPO,0,20,100,1,0.9\n")  # fmt: skip
     [curve] = pictures.read_curves(path, "tokens")
     assert (curve.label, curve.xs, curve.means) == ("GRPO", [0, 200], [0.25, 0.6])
     assert curve.errors[0] == 0  # of one seed nothing is known
     assert curve.errors[1] == pytest.approx(12.71 * 0.1, rel=1e-6)  # t of one degree of freedom
-    assert pictures.read_curves(path, "updates")[0].xs == [0, 20]
-    path.write_text("table,row,seed,updates,tokens,seconds,held_out\n")
+    assert pictures.read_curves(path, "rounds")[0].xs == [0, 20]
+    path.write_text("table,row,seed,rounds,tokens,seconds,held_out\n")
     with pytest.raises(ValueError, match="has none of the rows"):
-        pictures.read_curves(path, "updates")
+        pictures.read_curves(path, "rounds")
 
 
 def test_labels_stand_apart_and_keep_their_order():

@@ -2,7 +2,7 @@
 
     credit.png    one failed answer, and what each method makes of it
     flow.png      what becomes of a prompt, and where the three scripts differ
-    curves.png    accuracy against updates and tokens, from tutorials/results/curves.csv
+    curves.png    accuracy against rounds and tokens, from tutorials/results/curves.csv
 
     python tutorials/pictures.py
 
@@ -391,17 +391,17 @@ def half_interval(values: list[float]) -> float:
 
 
 def read_curves(path: Path, x: str) -> list[Curve]:
-    """The chosen rows of table "spo": means over seeds at each number of updates; x is `updates`
+    """The chosen rows of table "spo": means over seeds at each number of rounds; x is `rounds`
     or `tokens`, there a mean too."""
-    at = defaultdict(lambda: defaultdict(list))  # row -> updates -> (x, accuracy) of each seed
+    at = defaultdict(lambda: defaultdict(list))  # row -> rounds -> (x, accuracy) of each seed
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["table"] == "spo" and line["row"] in CHOSEN and line["held_out"]:
                 point = float(line[x]), float(line["held_out"])
-                at[line["row"]][float(line["updates"])].append(point)
+                at[line["row"]][float(line["rounds"])].append(point)
     found = []
     for label in [label for label in CHOSEN if label in at]:
-        points = [list(zip(*at[label][updates])) for updates in sorted(at[label])]
+        points = [list(zip(*at[label][rounds])) for rounds in sorted(at[label])]
         xs = [statistics.mean(place) for place, _ in points]
         means = [statistics.mean(held_out) for _, held_out in points]
         found.append(Curve(label, xs, means, [half_interval(held_out) for _, held_out in points]))
@@ -445,10 +445,10 @@ def curves_picture(path: Path) -> None:
     pyplot = plotting()
     source = RESULTS / "curves.csv"
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
-    for axis, x, label in zip(axes, ("updates", "tokens"), ("updates", "sampled tokens")):
+    for axis, x, label in zip(axes, ("rounds", "tokens"), ("rounds", "sampled tokens")):
         draw_panel(axis, read_curves(source, x), label)
     axes[0].set_ylabel("held-out accuracy")
-    title = "Held-out accuracy, mean over seeds with a 95 % band: per update, and per sampled token"
+    title = "Held-out accuracy, mean over seeds with a 95 % band: per round, and per sampled token"
     figure.suptitle(title, fontsize=13, weight="bold")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
