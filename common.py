@@ -1010,7 +1010,8 @@ def load_problems(data="sums", split="train", n: int | None = None, seed=0, term
     data: "sums"; "gsm8k" or "math" from the hub; or a local file, .parquet or .jsonl (one object a
     line), with the texts `question` and `answer`, or `problem` and `solution`, the latter of each
     ending in "#### 18" or holding \\boxed{18}. split: "train", "validation" or "test"; of a hub set
-    the test split is its own. Raises BadInput, naming file and line, for what cannot be read.
+    the test split is its own and "validation" a tenth of its train split; a file's questions are
+    split by a hash of their text. Raises BadInput, naming file and line, for what cannot be read.
     """
     if data == "sums":
         return [make_sum(seed, split, i, terms) for i in range(4096 if n is None else n)]
@@ -1160,7 +1161,8 @@ def parse_number(text: str) -> Fraction | None:
 
 def reward(text: str, answer: str) -> float:
     """1.0 if the final answer in `text` is `answer`, by value where both are numbers, else as text
-    without regard to how LaTeX spaces and decorates it, else 0.0.
+    without regard to how LaTeX spaces and decorates it, else 0.0. Nothing is evaluated: 2(x+1) is
+    not 2x+2, a mixed number is no fraction, and the order of a list counts.
 
     >>> reward("#### 1,234", "1234"), reward("#### 1/2", "0.5"), reward("#### 12", "1234")
     (1.0, 1.0, 0.0)
@@ -1320,7 +1322,7 @@ class RunConfig:
     data: str = arg("sums", "'sums', built in; 'gsm8k' or 'math'; or a .jsonl or .parquet file")
     model: str = arg("", "folder or hub id of a causal LM; by default the built-in policy")
     prompt: str = arg(
-        "auto", "text below each question; auto: how to answer --data (README); none: nothing"
+        "auto", "text below each question; auto: by --data, common.INSTRUCTIONS; none: nothing"
     )
     seed: int = arg(0, "fixes problems, warm start, sampling and order", low=0, high=2**63 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "auto: cuda where there is one")

@@ -329,7 +329,7 @@ def diagnose(log_ratio, log_blocks, batch: Batch, clipped: Tensor, cfg: Config) 
 
 
 def describe_step(rollouts, credit: Credit) -> dict:
-    """A round's metrics that are not the update's (README, "metrics.csv")."""
+    """A round's metrics that are not the update's (tutorials/curves.py, COLUMNS)."""
     return dict(
         entropy=credit.entropy,
         no_signal=sum(not any(s.advantages) for s in credit.samples) / len(rollouts),

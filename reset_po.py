@@ -548,7 +548,7 @@ def rates(counts: dict) -> dict:
 
 
 def describe_step(credit: Credit, counts: dict, cfg: Config) -> dict:
-    """A round's metrics that are not the update's (README, "metrics.csv")."""
+    """A round's metrics that are not the update's (tutorials/curves.py, COLUMNS)."""
     continued = [r.reward for reset in credit.resets for r in reset.group]
     return dict(
         reset_accuracy=sum(continued) / len(continued) if continued else "",

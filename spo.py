@@ -517,7 +517,7 @@ def diagnose(logprobs: Tensor, batch: Batch, mask: Tensor, clipped: Tensor) -> d
 
 
 def describe_step(credit: Credit, samples: list[Sample], cfg: Config) -> dict:
-    """A round's metrics that are not the update's (README, "metrics.csv")."""
+    """A round's metrics that are not the update's (tutorials/curves.py, COLUMNS)."""
     count = len(credit.answers)
     segments = [a.advantages[t] for a in credit.answers for t in a.starts]
     credited = sum(advantage != 0 for advantage in segments)

@@ -1,4 +1,4 @@
-"""Computes README.md's tables of GPU memory and of time, without a GPU: python tests/memory.py
+"""Computes README.md's table of time and tests/README.md's of memory: python tests/memory.py
 
 Weights and AdamW's moments are 12 bytes a parameter, counted on the model's shape, gradients 4,
 and AdamW's step takes 4 more for a moment. What a layer keeps for the backward pass is measured: one
@@ -129,10 +129,12 @@ if __name__ == "__main__":
             flags += " `--gradient_checkpointing True`" if recompute else ""
             cells = " | ".join(f"{size:.0f} GB" for size in sizes)
             print(f"| {name} | {parameters(name) / 1e9:.2f} B | {flags.strip()} | {cells} |")
-    print(f"\n| s a step | {' | '.join(CARDS)} |\n|{'---|' * (len(CARDS) + 1)}")
-    for name in SHAPES:
-        cells = []
-        for card, (size, *_) in CARDS.items():
-            fits = peak(name, 1 << 12, True, True) * GB < size
-            cells.append(f"{step_seconds(name, card):.0f}" if fits else "does not fit")
-        print(f"| {name} | {' | '.join(cells)} |")
+    peaks = {name: peak(name, 1 << 12, True, True) for name in SHAPES}
+    heads = " | ".join(f"{name}, {size:.0f} GB" for name, size in peaks.items())
+    print(f"\n| card | {heads} |\n|{'---|' * (len(SHAPES) + 1)}")
+    for card, (size, *_) in CARDS.items():
+        cells = [
+            f"{step_seconds(name, card):.0f}" if peaks[name] * GB < size else "does not fit"
+            for name in SHAPES
+        ]
+        print(f"| {card} | {' | '.join(cells)} |")

@@ -3,6 +3,7 @@
     python tutorials/curves.py                       all folders under runs/
     python tutorials/curves.py runs/spo runs/mpo
     python tutorials/curves.py runs/spo --out spo.png
+    python tutorials/curves.py --columns             what a run's files and metrics are
 
 The list needs nothing but Python, the picture matplotlib (tutorials/requirements.txt). A run that
 has not ended is shown as far as it has come. The bug lab and assignment/train.py use the tables.
@@ -15,6 +16,7 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,54 @@ WIDTH = 14  # bars in a curve
 MARKERS, DASHES = "os^Dvx", ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 XS = dict(step="rounds", sampled_tokens="sampled tokens", seconds="seconds of training")
 ACCURACIES = ("accuracy", "held_out", "held_out_in_form")
+FILES = {
+    "config.json": "all settings",
+    "metrics.csv": "the columns below, a row a round",
+    "samples.txt": "the answers that were shown",
+    "checkpoint/": "Hugging Face format, for AutoModelForCausalLM, with the state to resume",
+    "summary.json": "at the end: accuracies before and after, standard error, tokens, seconds",
+}
+COLUMNS = {  # of metrics.csv, for one round; which script's, if not all have it
+    "step": "rounds done, counting this one",
+    "accuracy": "mean reward of the answers sampled for training (tree: of its leaves; "
+    "reset_po: of those from the prompts, as many from each)",
+    "loss": "mean over the updates; no measure of progress",
+    "kl": "spo, mpo: KL(pi_old || pi) on the trained tokens, by r - 1 - log r (k3), before each "
+    "update; over samples that carry a signal, for the others take no pass",
+    "kl_ref": "spo, with --kl_coef: KL(pi || initial policy) on the trained tokens, by k3",
+    "clip_fraction": "spo, reset_po: share of the trained tokens where the clip cuts the gradient; "
+    "over samples that carry a signal",
+    "grad_norm": "before clipping, mean over the updates; not finite where fp16 left one out",
+    "entropy": "of the sampling policy, mean over all answer tokens (tree: of its trained nodes), "
+    "in nats",
+    "no_signal": "spo, mpo: share of the answers whose advantages are all 0",
+    "boundaries": "spo: segments per answer",
+    "trained": "spo: segments with an advantage (tree: nodes trained, with replay those drawn)",
+    "length": "tokens per answer, end token included (reset_po: trained ones per rollout)",
+    "lr": "learning rate after the round",
+    "sampled_tokens": "so far, value estimates included, evaluation not",
+    "seconds": "so far: sampling, credit and update; evaluation and saving not",
+    "in_form": "share of the answers that ended by themselves with a final answer to read; others "
+    "get no reward",
+    "held_out": "sampled held-out accuracy, every --eval_every rounds",
+    "held_out_in_form": "in_form of that evaluation",
+    "token_ratio_var": "mpo: variance of the ratio if every token were an action",
+    "block_ratio_var": "mpo: variance of the block's ratio",
+    "token_clip": "mpo: share of tokens the clip would cut if every token were an action",
+    "block_clip": "mpo: share of tokens that the clip does cut",
+    "reset_accuracy": "reset_po: mean reward of the continuations",
+    "resets": "reset_po: resets per problem",
+    "no_signal_base": "reset_po: share of the base groups whose advantages are all 0",
+    "no_signal_reset": "reset_po: the same of the reset groups",
+    "hit": "reset_po: share of resets to the first wrong step",
+    "at_or_before": "reset_po: share of resets to it or an earlier one",
+    "hit_chance": "reset_po: what a random step would expect of hit",
+    "at_or_before_chance": "reset_po: and of at_or_before",
+    "base_tokens": "reset_po: sampled in the round for base groups",
+    "seed_tokens": "reset_po: for answers outside of them",
+    "localiser_tokens": "reset_po: for localisation",
+    "reset_tokens": "reset_po: after resets",
+}
 NO_MATPLOTLIB = "pictures need matplotlib: pip install -r tutorials/requirements.txt"
 
 
@@ -305,6 +355,18 @@ def draw(runs: list[Run], path: Path) -> str:
     return f"picture: {path}"
 
 
+def meanings() -> list[str]:
+    """What lies in a run's folder, and what each column of its metrics.csv means."""
+    lines = ["in runs/<name>/"]
+    for found in (FILES, COLUMNS):
+        for name, meaning in found.items():
+            indent = " " * 22
+            about = textwrap.fill(meaning, 78)
+            lines.append(f"  {name:<20}{about}".replace("\n", f"\n{indent}"))
+        lines.append("")
+    return lines[:-1]
+
+
 def all_folders() -> list[Path]:
     folders = sorted(path.parent for path in Path("runs").glob("*/metrics.csv"))
     if not folders:
@@ -318,7 +380,12 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="*", type=Path, help="by default all under runs/")
     parser.add_argument("--out", type=Path, help="by default curves.png beside the first folder")
+    about = "say what lies in a run's folder, and what the columns of metrics.csv are"
+    parser.add_argument("--columns", action="store_true", help=about)
     args = parser.parse_args()
+    if args.columns:
+        print(*meanings(), sep="\n")
+        return
     try:
         folders = args.folders or all_folders()
         runs = [read(folder) for folder in folders]
