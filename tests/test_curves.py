@@ -138,6 +138,24 @@ def test_without_arguments_all_runs_are_listed(tmp_path):
     assert drawn != (curves.NO_MATPLOTLIB in done.stdout)
 
 
+@pytest.mark.parametrize("script", ["spo", *runs.OTHERS])
+def test_every_column_that_a_script_writes_has_a_meaning_and_no_other(warm, run, script):
+    flags = runs.other_args(script) if script in runs.OTHERS else ["--kl_coef", "0.1"]
+    done = run(*runs.BASE, *flags, "--steps", "1", script=script)
+    assert done.code == 0, done.err
+    folder = warm / "runs" / script
+    [row] = runs.metrics(folder)
+    theirs = {"spo", "mpo", "reset_po"}
+    meant = {}
+    for name, meaning in curves.COLUMNS.items():
+        before = set(re.split(r"[,:] ?| ", meaning.partition(":")[0])) & theirs
+        meant[name] = "spo, mpo, reset_po" if name == "accuracy" or not before else before
+    assert {*row, "seconds"} == {name for name, of in meant.items() if script in of}
+    left = {f"{path.name}{'/' * path.is_dir()}" for path in folder.iterdir()}
+    assert left - {".lock"} == set(curves.FILES)
+    assert {*curves.FILES, *curves.COLUMNS} <= set("\n".join(curves.meanings()).split())
+
+
 def test_a_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="tutorials/requirements.txt is not installed")
     some = [made(tmp_path / "a", rows=30, summary=SUMMARY), made(tmp_path / "b", rows=1)]
