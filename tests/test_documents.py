@@ -29,7 +29,7 @@ INLINE = re.compile(r"`((?:python|torchrun|accelerate|pip|spo\.py|mpo\.py|reset_
 
 def commands(text: str) -> list[str]:
     """All lines of code blocks, but for blocks of what a script prints, and what stands in
-    backticks and begins as commands do. Two spaces end one; what is behind says what it does."""
+    backticks and begins as commands do. Three spaces end one; what is behind says what it does."""
     lines = []
     for block in FENCE.findall(text):
         body = re.sub(r"\\\n\s*", " ", block.strip("`\n"))
