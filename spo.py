@@ -127,7 +127,7 @@ class Config:
         64, "answers, or nodes, per update, at most; 0: all of the round's", low=0
     )
     epochs: int = arg(1, "passes over each round's answers or nodes", low=1)
-    steps: int = arg(60, "rounds of sampling and training", low=1)
+    steps: int = arg(100, "rounds of sampling and training", low=1)
     lr: float = arg(
         5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
     )

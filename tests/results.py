@@ -39,7 +39,7 @@ RESULTS = ROOT / "tutorials" / "results"
 RATES = (2.5e-4, 5e-4, 1e-3)
 RATE_SEEDS, SEEDS = (100, 101), tuple(range(10))
 T_95 = 2.262  # Student's t for ten seeds: 97.5 % of the mass with 9 degrees of freedom
-ALL = "--eval_problems 250 --eval_every 30 --show_every 0"
+ALL = "--eval_problems 250 --eval_every 50 --show_every 0"
 
 
 BEGIN, END = "<!-- results: made by tests/results.py -->", "<!-- end of results -->"
