@@ -43,7 +43,7 @@ ALL = "--eval_problems 250 --eval_every 50 --show_every 0"
 
 
 BEGIN, END = "<!-- results: made by tests/results.py -->", "<!-- end of results -->"
-FRONT = ("spo", "tree", "resets", "mpo")  # the tables whose rows the front page shows
+FRONT = ("spo", "tree", "resets")  # the tables whose rows the front page shows
 MEANS = ("before", "after", "in_form", "tokens", "seconds")
 LEGEND = (
     "After: mean over ten seeds ± half a 95 % interval. Effect: of the paired differences, with "
@@ -67,17 +67,107 @@ class Table(NamedTuple):
     columns: tuple[str, ...] = ()  # of metrics.csv, whose means over the run are shown too
 
 
+MPO_COLUMNS = ("token_ratio_var", "block_ratio_var", "token_clip", "block_clip")
+
+
+def mpo_rows(more: str) -> list[Row]:
+    """K = 1, whose one ratio is a token's, and K = 5 with each kind of weights."""
+    rows = [Row("MPO, K = 1: GRPO", "--block_size 1", "32 x 8")]
+    for weights in ("joint", "uniform", "0.2"):
+        name = f"K = 5, {weights.replace('0.2', 'share 0.2')}"
+        flags = f"--block_size 5 --weights {weights} {more}".strip()
+        if more:  # the same without it came before
+            rows.append(Row(f"{name}, scaled eps", flags, "32 x 8", name, "eps scaled"))
+        else:
+            rows.append(Row(name, flags, "32 x 8", rows[0].name, "K and its weights"))
+    return rows
+
+
 GRPO = "--partition trajectory"
+SPO_ROWS = [
+    Row("GRPO + mask", GRPO, "64 x 2"),
+    Row("SPO-chain", "", "64 x 2", "GRPO + mask", "a value for each segment"),
+]
 TABLES = dict(
-    spo=Table(
-        "SPO-chain beside GRPO",
+    spo=Table("SPO-chain beside GRPO", "spo", "", SPO_ROWS, ("trained",)),
+    mask=Table(
+        "Without the mask",
         "spo",
         "",
         [
-            Row("GRPO + mask", GRPO, "64 x 2"),
-            Row("SPO-chain", "", "64 x 2", "GRPO + mask", "a value for each segment"),
+            *SPO_ROWS,
+            Row("GRPO", f"{GRPO} --mask False", "64 x 2", "GRPO + mask", "no mask"),
+            Row("SPO-chain, mask off", "--mask False", "64 x 2", "SPO-chain", "no mask"),
         ],
         ("trained",),
+    ),
+    tokens=Table(
+        "As many tokens, and other values",
+        "spo",
+        "",
+        [
+            *SPO_ROWS,
+            Row(
+                "GRPO + mask, longer",
+                f"{GRPO} --steps 180",
+                "64 x 2",
+                "SPO-chain",
+                "rounds for the tokens of values",
+            ),
+            Row(
+                "SPO-chain, 128 x 1",
+                "--prompts 128 --group_size 1",
+                "128 x 1",
+                "SPO-chain",
+                "each answer to another problem",
+            ),
+            Row("SPO-chain, N = 8", "--continuations 8", "64 x 2", "SPO-chain", "N = 8, not 2"),
+            Row("line breaks", "--partition newline", "64 x 2", "SPO-chain", "VinePPO's partition"),
+        ],
+        ("trained",),
+    ),
+    tree=Table(
+        "SPO-tree beside GRPO",
+        "spo",
+        "--prompts 32",
+        [
+            Row("GRPO + mask, 32 x 8", f"{GRPO} --group_size 8 --batch_size 128", "32 x 8"),
+            Row(
+                "SPO-tree, 2-2-2",
+                "--variant tree",
+                "32 x 8 leaves",
+                "GRPO + mask, 32 x 8",
+                "a tree for a group",
+            ),
+            Row(
+                "SPO-tree, levels alike",
+                "--variant tree --level_weights True",
+                "32 x 8 leaves",
+                "SPO-tree, 2-2-2",
+                "--level_weights",
+            ),
+        ],
+        ("trained",),
+    ),
+    resets=Table(
+        "Resets beside GRPO of as many answers",
+        "reset_po",
+        "",
+        [
+            Row("GRPO, groups of 8", "--method grpo", "32 x 8"),
+            Row("RRPO", "--method rrpo", "32 x 8", "GRPO, groups of 8", "half from a random step"),
+            Row("SRPO", "", "32 x 8", "RRPO", "the step it is unsure of"),
+            Row("SRPO, oracle", "--localiser oracle", "32 x 8", "SRPO", "the first wrong step"),
+        ],
+        ("no_signal_base", "no_signal_reset"),
+    ),
+    mpo=Table("MPO: K and the weights", "mpo", "", mpo_rows(""), MPO_COLUMNS),
+    mpo_far=Table(
+        "MPO far off-policy: 16 updates a round",
+        "mpo",
+        "--epochs 4 --steps 25",
+        [*mpo_rows(""), *mpo_rows("--scale_eps True")[1:]],
+        MPO_COLUMNS,
     ),
 )
 
