@@ -149,9 +149,8 @@ class Config:
         if not tree and self.batch_size and answer_count % min(self.batch_size, answer_count):
             wrong = f"--batch_size {self.batch_size}"
             raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
-        given = (self.partition, self.group_size) != (Config.partition, Config.group_size)
-        if tree and given:
-            raise BadInput("--variant tree: takes no --partition or --group_size, but --branching")
+        if tree and self.partition != "cutpoint":
+            raise BadInput("--variant tree: takes no --partition, but --branching")
         if not tree and (self.replay_age or self.scale_advantages or self.level_weights):
             only = "--replay_age, --scale_advantages, --level_weights"
             raise BadInput(f"{only}: are for --variant tree only")
@@ -164,8 +163,8 @@ TINY = dict(
 )  # fmt: skip
 # And for a given --model on given --data (not the built-in task): the paper's, for about 1B.
 LARGE = dict(
-    interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], epochs=2,
-    lr=1e-6, kl_coef=1e-4, temperature=0.6,
+    interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], group_size=1,
+    batch_size=0, epochs=2, lr=1e-6, kl_coef=1e-4, temperature=0.6,
 )  # fmt: skip
 
 

@@ -614,7 +614,9 @@ def test_a_tree_without_any_credit_trains_nothing(model, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("options", [{}, dict(scale_advantages=True), dict(mask=False), dict(level_weights=True)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(scale_advantages=True), dict(mask=False), dict(level_weights=True)]
+)
 def test_trees_and_update_together_raise_the_exact_expected_reward(model, monkeypatch, options):
     fake_rewards(monkeypatch)
     cfg = tree_config(prompts=8, branching=[3, 3], segment_tokens=2, lr=3e-3, **options)
@@ -650,7 +652,9 @@ def test_levels_weigh_alike_if_asked_for(model, monkeypatch):
 
     fake_rewards(monkeypatch)
     cfg = tree_config(branching=[3, 3], segment_tokens=2)
-    tree = spo.grow_trees(model, None, [(PROMPT, [], "")] * 4, cfg, torch.Generator().manual_seed(3))
+    tree = spo.grow_trees(
+        model, None, [(PROMPT, [], "")] * 4, cfg, torch.Generator().manual_seed(3)
+    )
     plain = spo.credit_trees(model, tree, cfg)
     cfg.level_weights = True
     weighted = spo.credit_trees(model, tree, cfg)
@@ -790,9 +794,7 @@ def test_partitions_of_a_hand_worked_answer(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("partition", ["fixed", "newline"])
-def test_other_partitions_estimate_the_value_of_the_prompt_too(
-    model, monkeypatch, partition, mask
-):
+def test_other_partitions_estimate_the_value_of_the_prompt_too(model, monkeypatch, partition, mask):
     monkeypatch.setattr(common, "step_starts", lambda ids, *_, **__: list(range(0, len(ids), 2)))
     monkeypatch.setattr(common, "eos_ids", lambda *_: {END})
     monkeypatch.setattr(
@@ -1059,7 +1061,7 @@ def test_a_config_that_cannot_work_is_refused():
         dict(temperature=math.nan), dict(lr=math.inf), dict(group_size=0), dict(batch_size=48),
         dict(warmup_updates=-1), dict(partition="trajectory", group_size=1), dict(branching=[2, 1]),
         dict(segment_tokens=0), dict(kl_coef=-1.0), dict(kl_coef=math.inf), dict(replay_age=-1),
-        dict(replay_age=2), dict(scale_advantages=True), dict(variant="tree", group_size=3),
+        dict(replay_age=2), dict(scale_advantages=True),
         dict(level_weights=True),
         dict(variant="tree", partition="fixed"), dict(variant="tree", replay_nodes=0),
     ):  # fmt: skip
