@@ -80,7 +80,7 @@ class Sizes(NamedTuple):
     lengths: tuple = (4, 8, 16, 24)
 
 
-TINY = Sizes(2, 2, 16, 16, 3, 4, 16, 8, 3, 60, 2, ("start", "late"), (4,))
+TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 2, ("start",), (2,))
 
 GRPO = dict(partition="trajectory", mask=False)
 MATCHED = dict(prompts=32, group_size=8)
@@ -115,7 +115,7 @@ LONG = {  # 8 problems, and 8 answers in the end to each
     "SRPO uncertain 4 + 4": (reset_po, dict(localiser="uncertain", prompts=8)),
 }
 # Mean lines of an answer -> most terms of a sum, and how often a wrong fact comes out wrong.
-LENGTHS = {4: (5, 0.75), 8: (9, 0.5), 16: (17, 0.25), 24: (25, 0.17)}
+LENGTHS = {2: (2, 0.75), 4: (5, 0.75), 8: (9, 0.5), 16: (17, 0.25), 24: (25, 0.17)}
 NS = (1, 4, 9, 16)
 
 
@@ -305,9 +305,10 @@ def truth_of(desk: Desk, sizes: Sizes) -> dict:
 
 def cosines(gradients: Tensor, halves: Tensor) -> Tensor:
     """(B,) of each row of gradients (B, D) with the truth, whose own error is corrected for. 0 for
-    a gradient that is 0."""
-    squared = halves[0] @ halves[1]  # |t|^2
-    return gradients @ halves.mean(0) / (gradients.norm(dim=1) * squared.sqrt()).clamp(min=1e-30)
+    a gradient that is 0; nan where the halves disagree, so that |t| is not known."""
+    along = gradients @ halves.mean(0) / (halves[0] @ halves[1]).sqrt()  # (B,) <g, t> / |t|
+    norms = gradients.norm(dim=1)
+    return torch.where(norms == 0, torch.zeros_like(along), along / norms)
 
 
 def pair_mean(gram: Tensor, weights: Tensor) -> Tensor:
@@ -343,7 +344,7 @@ def jackknife(left_out: list[float]) -> float:
 
 def signal_to_noise(cosine: float) -> float:
     """Squared: of a vector whose part along the truth is `cosine` of its length."""
-    return cosine**2 / (1 - cosine**2)
+    return cosine**2 / (1 - cosine**2) if cosine < 1 else math.inf  # an estimate may be above
 
 
 def interval(mean: float, error: float, digits: int = 4) -> tuple[float, float, float]:
@@ -615,7 +616,7 @@ def table(head: list[str], lines: list[list]) -> str:
 
 def pm(row: dict, key: str) -> str:
     """A mean, with half of its interval."""
-    if row.get(key) in ("", None):
+    if row.get(key, "") in ("", "nan"):
         return "-"
     mean, low, high = (float(row[f"{key}{end}"]) for end in ("", "_low", "_high"))
     return f"{mean:.2f} ± {(high - low) / 2:.2f}"

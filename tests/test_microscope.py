@@ -1,0 +1,429 @@
+"""The microscope against loops, synthetic vectors with a known truth, and the enumerated policy."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tutorials"))
+
+import common  # noqa: E402
+import curves  # noqa: E402
+import microscope  # noqa: E402
+import reset_po  # noqa: E402
+import runs  # noqa: E402
+import spo  # noqa: E402
+from tiny_policy import HORIZON, PROMPT, exact_values, fake_rewards, flat_grad  # noqa: E402
+from tiny_policy import reward_of, rollouts_of, true_gradient  # noqa: E402
+
+SIZES = microscope.Sizes(batches=3, truth=8, problems=4, nested=3, signs=40, exact=400)
+
+
+@pytest.fixture
+def desk(model, tokenizer, monkeypatch, tmp_path):
+    """The policy over four tokens, whatever the problem, in a folder of its own."""
+    fake_rewards(monkeypatch)
+    monkeypatch.setattr(common, "initial_state", lambda *_: (PROMPT, [], "0"))
+    monkeypatch.chdir(tmp_path)
+    problems = [common.Problem(str(i), "", "0") for i in range(64)]
+    return microscope.Desk("enumerated", model, tokenizer, problems, HORIZON)
+
+
+def rng(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed))
+
+
+# ------------------------------------------------------------------------------ maths, by synthesis
+
+
+def known_vectors(count=200, size=2000):
+    """gradients (B, D), the truth (D,), two noisy halves of it (2, D)."""
+    t = noise(size, seed=1)
+    halves = t + 2 * noise(2, size, seed=2)
+    return 0.5 * t + 1.5 * noise(count, size, seed=3), t, halves
+
+
+def test_cosine_is_corrected_for_the_error_of_the_truth():
+    gradients, t, halves = known_vectors()
+    right = torch.nn.functional.cosine_similarity(gradients, t[None]).mean().item()
+    found = microscope.cosines(gradients, halves).mean().item()
+    naive = torch.nn.functional.cosine_similarity(gradients, halves.mean(0)[None]).mean().item()
+    assert abs(found - right) < 0.03 and naive < right - 0.1
+
+
+def test_cosine_is_unbiased_over_many_truths():
+    """Of one error the product of halves is off by chance, over many it is not."""
+    gradients, t, _ = known_vectors(size=400)
+    right = torch.nn.functional.cosine_similarity(gradients, t[None]).mean().item()
+    halves = [t + noise(2, 400, seed=s) for s in range(10, 210)]
+    found = [microscope.cosines(gradients, pair).mean().item() for pair in halves]
+    assert sum(found) / len(found) == pytest.approx(right, abs=0.01)
+
+
+def test_cosine_of_no_gradient_is_0_and_without_a_truth_unknown():
+    halves = noise(2, 50) + 3
+    assert microscope.cosines(torch.zeros(1, 50), halves).tolist() == [0.0]
+    against = torch.stack([halves[0], -halves[0]])
+    assert microscope.cosines(noise(1, 50), against).isnan().all()
+
+
+def test_pair_mean_in_loops():
+    x, w = noise(5, 7), torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    weights = sum((w[i] * w[j]).item() for i, j in pairs)
+    slow = sum((w[i] * w[j] * (x[i] @ x[j])).item() for i, j in pairs) / weights
+    assert microscope.pair_mean(x @ x.T, w).item() == pytest.approx(slow, rel=1e-5)
+
+
+def test_bias_is_the_cosine_of_the_mean_without_its_noise():
+    """Batches around m, which stands at a known angle to t."""
+    t, across = noise(2000, seed=1), noise(2000, seed=4)
+    m = t + across
+    right = torch.nn.functional.cosine_similarity(m, t, dim=0).item()
+    gradients = m + 12 * noise(60, 2000, seed=5)
+    halves = t + noise(2, 2000, seed=6)
+    found, error = microscope.bias_cosine(gradients, torch.ones(60), halves)
+    naive = torch.nn.functional.cosine_similarity(gradients.mean(0), t, dim=0).item()
+    assert abs(found - right) < 3 * error < 0.25 and naive < right - 0.2
+
+
+def test_bias_weighs_batches_by_their_normalisers():
+    """As one batch made of all: two batches of 1 and 3 tokens."""
+    t, sums = torch.tensor([1.0, 0.0]), torch.tensor([[4.0, 1.0], [3.0, 9.0], [5.0, 2.0]])
+    z = torch.tensor([1.0, 3.0, 2.0])
+    found, _ = microscope.bias_cosine(sums / z[:, None], z, torch.stack([t, t]))
+    squared = sum((sums[i] @ sums[j]).item() for i in range(3) for j in range(3) if i != j)
+    squared /= 36 - 14  # (sum z)^2 - sum z^2
+    assert found == pytest.approx(12 / 6 / squared**0.5, rel=1e-5)
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    x = noise(30).tolist()
+    left_out = [(sum(x) - one) / 29 for one in x]
+    assert microscope.jackknife(left_out) == pytest.approx(common.mean_stderr(x)[1], rel=1e-4)
+
+
+def test_signal_to_noise_is_that_of_the_parts():
+    assert microscope.signal_to_noise(0.6) == pytest.approx(0.36 / 0.64)  # 3 along, 4 across
+    assert microscope.signal_to_noise(1.1) == math.inf  # an estimate can be above 1
+
+
+def test_components_of_nested_data_are_recovered():
+    """Per dimension: mean 0.5, and variances 1, 4 and 9."""
+    d = 400
+    h = 0.5 + noise(80, 1, 1, d, seed=1) + 2 * noise(80, 3, 1, d, seed=2)
+    h = h + 3 * noise(80, 3, 2, d, seed=3)
+    found = microscope.components(h) / d
+    assert torch.allclose(found, torch.tensor([0.25, 1.0, 4.0, 9.0]), atol=0.15)
+
+
+def test_components_in_loops():
+    h = noise(3, 2, 2, 5)
+    cells = [(i, s, k) for i in range(3) for s in range(2) for k in range(2)]
+
+    def mean(related) -> float:
+        pairs = [(a, b) for a in cells for b in cells if related(a, b)]
+        return sum((h[a] @ h[b]).item() for a, b in pairs) / len(pairs)
+
+    own = mean(lambda a, b: a == b)
+    draws = mean(lambda a, b: a[:2] == b[:2] and a != b)
+    sets = mean(lambda a, b: a[0] == b[0] and a[1] != b[1])
+    problems = mean(lambda a, b: a[0] != b[0])
+    slow = [problems, sets - problems, draws - sets, own - draws]
+    assert microscope.components(h).tolist() == pytest.approx(slow, abs=1e-5)
+    single = microscope.components(h[:, :, :1]).tolist()
+    assert single[3] == 0 and sum(single) == pytest.approx((h[:, :, 0] ** 2).sum(-1).mean().item())
+
+
+# --------------------------------------------------------------------- gradients are the scripts' own
+
+
+def update_gradient(desk, samples, cfg):
+    """What the script's update hands to its optimiser."""
+    taken = []
+
+    def spy(model, *_):
+        taken.append(flat_grad(model))
+        return 0.0
+
+    script = reset_po if isinstance(cfg, reset_po.Config) else spo
+    optimizer = torch.optim.SGD(desk.model.parameters(), lr=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "optimizer_step", spy)
+        desk.model.zero_grad()
+        script.update(desk.model, optimizer, None, samples, cfg, "shuffle")
+    [one] = taken
+    desk.model.zero_grad()
+    return one
+
+
+ALL = microscope.FIRST | microscope.SECOND
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "oracle" not in name])
+def test_a_gradient_is_that_of_the_scripts_update(desk, name):
+    cfg = microscope.config_of(ALL[name], desk)
+    cfg.segment_tokens = 1  # a tree's nodes on the enumerated policy
+    drawn = microscope.draw(desk, desk.problems[: cfg.prompts], cfg, rng())
+    g, z = microscope.gradient(desk.model, drawn.samples, cfg)
+    right = -update_gradient(desk, drawn.samples, cfg)
+    assert right.norm() > 0 and (g - right).norm() < 1e-4 * right.norm()
+    assert drawn.tokens > 0 and z > 0
+
+
+def test_methods_are_what_their_names_say(desk):
+    for name, method in (ALL | microscope.LONG).items():
+        cfg = microscope.config_of(method, desk)
+        if "x" in (shape := name.split(",")[0].split()[-1]) and shape[0].isdigit():
+            assert f"{cfg.prompts}x{cfg.group_size}" == shape
+        if "N = " in name:
+            assert cfg.continuations == int(name.split()[-1])
+        if method[0] is reset_po:
+            assert (cfg.fresh, cfg.resets) == (4, 4) and cfg.clip_eps == 0
+        assert cfg.temperature == 1 and cfg.max_new_tokens == desk.longest
+
+
+def test_equal_texts_are_merged_and_given_ones_left_as_they_are():
+    def made(context, ids, a):
+        return common.Sample(context, ids, [a] * len(ids), [-0.5] * len(ids))
+
+    given = [made([1], [2, 3], 0.25), made([1, 2], [3], 1.0), made([1], [2, 3], 0.5)]
+    given += [made([1], [0], 1.0), made([1], [0], -1.0)]  # nothing is left of these
+    found = microscope.merged(given)
+    shown = [(s.context, s.ids, s.advantages) for s in found]
+    assert shown == [([1], [2, 3], [0.75, 0.75]), ([1, 2], [3], [1.0])]
+    assert given[0].advantages == [0.25, 0.25]
+
+
+def test_the_truth_is_the_gradient_of_the_mean_reward(desk):
+    t, rewards = microscope.true_half(desk, 100, rng())
+    right = true_gradient(desk.model)
+    assert len(rewards) == 6400
+    assert (t - right).norm() < 0.15 * right.norm()
+
+
+def test_the_truth_is_kept_for_these_weights_alone(desk, monkeypatch):
+    first = microscope.truth_of(desk, SIZES)
+    assert not torch.equal(*first["halves"])
+    again = microscope.truth_of(desk, SIZES)
+    assert torch.equal(again["halves"], first["halves"])
+    with torch.no_grad():
+        next(desk.model.parameters()).mul_(1.1)
+    assert not torch.equal(microscope.truth_of(desk, SIZES)["halves"], first["halves"])
+
+
+def test_grpo_has_no_bias_and_the_mask_has(desk):
+    """Where answers are enumerated, for batches of 32 x 8."""
+    truth = true_gradient(desk.model)
+    halves, found = torch.stack([truth, truth]), {}
+    for name in ("GRPO 32x8", "GRPO + mask 32x8"):
+        cfg, rows, zs = microscope.config_of(ALL[name], desk), [], []
+        cfg.threshold = 0.3
+        for b in range(12):
+            drawn = microscope.draw(desk, desk.problems[:32], cfg, rng(b))
+            g, z = microscope.gradient(desk.model, drawn.samples, cfg)
+            rows.append(g)
+            zs.append(float(z))
+        found[name] = microscope.bias_cosine(torch.stack(rows), torch.tensor(zs), halves)[0]
+    assert abs(found["GRPO 32x8"] - 1) < 0.05 < 1 - found["GRPO + mask 32x8"]
+
+
+def test_a_row_of_cosines(desk):
+    row = microscope.measure(desk, "GRPO 8x8", ALL["GRPO 8x8"], SIZES)
+    cfg, truth = microscope.config_of(ALL["GRPO 8x8"], desk), microscope.truth_of(desk, SIZES)
+    found, tokens = [], 0
+    for b in range(3):
+        drawn = microscope.draw(desk, desk.problems[:8], cfg, rng(b))  # all problems are alike
+        g, _ = microscope.gradient(desk.model, drawn.samples, cfg)
+        t1, t2 = truth["halves"]
+        found.append(((g @ (t1 + t2)) / 2 / g.norm() / (t1 @ t2) ** 0.5).item())
+        tokens += drawn.tokens
+    mean, error = common.mean_stderr(found)
+    assert row["cosine"] == pytest.approx(mean, abs=1e-3)
+    assert row["cosine_high"] - row["cosine"] == pytest.approx(1.96 * error, abs=2e-3)
+    assert row["tokens"] == round(tokens / 3) and row["trained"] == 64 and row["problems"] == 8
+    if mean < 1:
+        snr = mean**2 / (1 - mean**2)
+        assert row["snr_per_10k"] == pytest.approx(snr / tokens * 3e4, rel=0.02)
+        assert row["snr_per_100"] == pytest.approx(snr / 0.64, rel=0.02)
+
+
+def test_nested_draws_share_what_they_should(desk):
+    """The same answers twice for GRPO's one draw; a chain's two draws differ in values alone."""
+    chain = microscope.nested(desk, ALL["chain 8x8, N = 4"], SIZES)
+    grpo = microscope.nested(desk, ALL["GRPO 8x8"], SIZES)
+    assert chain.shape[:3] == (3, 2, 2) and grpo.shape[:3] == (3, 2, 1)
+    assert chain.shape[3] == common.count_parameters(desk.model)
+    assert not torch.equal(chain[:, :, 0], chain[:, :, 1])
+    parts = microscope.components(chain)
+    assert parts[3] > 0
+    row = microscope.noise_row(desk, "GRPO 8x8", ALL["GRPO 8x8"], SIZES)
+    assert row["between_continuations"] == 0
+    assert row["between_problems"] + row["between_answers"] == pytest.approx(1, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------- signs
+
+
+def answer(ids, starts):
+    return spo.Answer(0, rollouts_of([tuple(ids)])[0], starts, [])
+
+
+def test_segments_worked_by_hand():
+    a = answer([0, 1, 2, 3], [1, 3])
+    r = reward_of([0, 1, 2, 3])
+    found = microscope.segments_of([a], [0.5, 0.25], [0.0, 0.25], count=100)
+    assert [(s.answer, s.position) for s in found] == [(0, 0.25), (0, 0.75)]
+    assert [s.exact for s in found] == pytest.approx([-0.25, r - 0.25])
+    assert [s.estimate for s in found] == pytest.approx([0.25, r - 0.25])
+    errors = [(0.25 / 100 + 0.1875 / 100) ** 0.5, (0.1875 / 100) ** 0.5]
+    assert [s.error for s in found] == pytest.approx(errors)
+    whole = microscope.whole_answer([a], found)
+    assert [s.estimate for s in whole] == [2 * r - 1] * 2
+
+
+def test_sign_shares_worked_by_hand():
+    def segment(i, exact, estimate, error=0.01):
+        return microscope.Segment(i, 0.0, exact, error, estimate)
+
+    some = [segment(0, 0.4, 0.1), segment(0, -0.2, -1.0), segment(1, 0.2, -0.1)]
+    some += [segment(1, -0.2, 0.0), segment(2, 0.01, -1.0)]  # of the last nobody knows the sign
+    row = microscope.sign_shares(some)
+    assert (row["segments"], row["known"]) == (5, 4)
+    assert (row["right"], row["zero"], row["wrong"]) == (0.5, 0.25, 0.25)
+    assert row["right_by_size"] == 0.6 and row["size"] == pytest.approx(1.01 / 5, abs=1e-4)
+    assert row["right_high"] - 0.5 == pytest.approx(1.96 * 0.5, abs=1e-3)  # 1 or 0 without one
+    assert microscope.sign_shares(some[:1])["right"] == ""
+
+
+def test_groups_divide_the_segments():
+    some = [microscope.Segment(0, p / 7, a, 0, 0) for p in range(7) for a in (-0.5, 0.1, 0, 0.2)]
+    counts = {name: sum(map(belongs, some)) for name, belongs in microscope.GROUPS.items()}
+    thirds = [counts[name] for name in counts if "third" in name]
+    sizes = [counts[name] for name in counts if "|A|" in name]
+    assert thirds == [12, 8, 8] and sizes == [7, 14, 7] and counts["all"] == 28
+
+
+def test_near_exact_advantages_are_the_enumerated_ones(desk, monkeypatch):
+    taken = []
+    monkeypatch.setattr(microscope, "sign_shares", lambda some: taken.append(some) or {})
+    answers = []
+    true_segments = microscope.segments_of
+
+    def spy(found, *rest):
+        answers[:] = found
+        return true_segments(found, *rest)
+
+    monkeypatch.setattr(microscope, "segments_of", spy)
+    rows = microscope.sign_rows(desk, SIZES)
+    assert len(rows) == 5 * len(microscope.GROUPS)
+    values, right = exact_values(desk.model), []
+    for a in answers:
+        at = [values[tuple(a.rollout.ids[:t])] for t in a.starts] + [a.rollout.reward]
+        right += [after - before for before, after in zip(at, at[1:])]
+    every = taken[0]  # N = 1, all
+    assert len(every) == len(right) > 40
+    assert all(abs(s.exact - x) < 5 * s.error + 1e-6 for s, x in zip(every, right))
+    assert {round(s.estimate, 4) for s in every} <= {-1.0, 0.0, 1.0}
+
+
+# ---------------------------------------------------------------------- policies, tables and pictures
+
+
+def test_half_way_is_the_first_round_that_has_come_so_far(monkeypatch):
+    assert microscope.half_way([0.0, 0.0, 0.2, 0.6, 0.8, 0.8], window=2) == 4
+    assert microscope.half_way([i / 100 for i in range(101)]) == 56  # its window's mean is .505
+    assert microscope.half_way([0.2, 0.4]) == 2
+    made = []
+    monkeypatch.setattr(curves, "make", lambda name, _, command, flags: made.append(flags))
+    microscope.trained(12, microscope.Sizes())
+    [flags] = made
+    assert flags[flags.index("--steps") + 1] == "12" and "80" in flags
+
+
+def test_longer_tasks_have_rarer_slips_for_their_warm_start_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        microscope, "start_of", lambda run: seen.append((run.terms, common.ERROR_RATE)) or (0, 0)
+    )
+    for lines in microscope.LENGTHS:
+        microscope.long_desk(lines, microscope.TINY)
+    assert seen == list(microscope.LENGTHS.values()) and common.ERROR_RATE == 0.75
+    for lines, (terms, _) in microscope.LENGTHS.items():
+        solutions = [common.make_sum(0, "train", i, terms).solution for i in range(300)]
+        assert sum(s.count("\n") + 1 for s in solutions) / 300 == pytest.approx(lines, abs=0.15)
+
+
+def test_rows_that_are_there_are_not_computed_again(tmp_path, monkeypatch):
+    made, keys = [], ["a", "b", "c"]
+
+    def jobs(part, sizes):
+        for key in keys:
+            yield (key, "x"), lambda: made.append(key) or [dict(policy=key, method="x", value=1)]
+
+    monkeypatch.setattr(microscope, "jobs", jobs)
+    keys.remove("c")
+    microscope.fill(tmp_path, "noise", SIZES)
+    keys.append("c")
+    microscope.fill(tmp_path, "noise", SIZES)
+    assert made == ["a", "b", "c"]
+    rows = microscope.read(tmp_path, "noise")
+    assert [row["policy"] for row in rows] == made and rows[0]["value"] == "1"
+
+
+def cosine_row(method, cosine, tokens, policy="start"):
+    row = dict(policy=policy, method=method, accuracy=0.5, problems=8, batches=50, tokens=tokens)
+    row |= dict(trained=64, cosine=cosine, cosine_low=cosine - 0.02, cosine_high=cosine + 0.02)
+    row |= dict(snr_per_10k=1, snr_per_100=cosine, bias=0.9, bias_low=0.8, bias_high=1.0)
+    return {key: str(value) for key, value in row.items()}
+
+
+def test_sentences_follow_from_the_rows():
+    rows = [cosine_row("GRPO 8x8", 0.4, 10000), cosine_row("good", 0.4, 5000)]
+    rows += [cosine_row("alike", 0.41, 10000), cosine_row("dear", 0.5, 40000)]
+    assert microscope.per_token(rows[1]) == pytest.approx(2 * 0.16 / 0.84)
+    stands = microscope.standing(rows, rows[0])
+    assert stands == dict(better=["good"], level=["alike"], worse=["dear"])
+    text = microscope.cosine_text(rows)
+    assert "Best use of a token: good (level with it: none)." in text
+    assert "Best use of a trained sample: dear." in text
+    assert "better than GRPO 8x8: good. Level: alike. Worse: dear." in text
+    assert "| good | 8 | 5,000 | 64 | 0.40 ± 0.02 | 0.90 ± 0.10 | 0.381 |" in text
+
+
+def test_a_tiny_run_leaves_tables_and_text(tmp_path):
+    """Whole, as a student runs it."""
+    command = [sys.executable, str(ROOT / "tutorials" / "microscope.py"), "--tiny", "--only"]
+    options = dict(
+        cwd=tmp_path, capture_output=True, text=True, env=runs.ENV | {"TQDM_DISABLE": "1"}
+    )
+    done = subprocess.run([*command, "signs", "noise", "--out", "found"], **options)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "found"
+    policies = len(microscope.TINY.policies)
+    assert len(microscope.read(out, "noise")) == 2 * policies
+    assert len(microscope.read(out, "signs")) == 5 * len(microscope.GROUPS) * policies
+    assert "Is the sign right?" in (out / "microscope.md").read_text()
+    assert (out / "signs.png").exists() != (curves.NO_MATPLOTLIB in done.stdout)
+
+
+def test_pictures_are_drawn(tmp_path, monkeypatch, capsys):
+    names = ["GRPO 8x8", "chain"]
+    rows = [cosine_row(m, 0.3, 5000, p) for p in ("start", "half-way", "late") for m in names]
+    monkeypatch.setattr(microscope, "read", lambda out, part: rows if part == "cosines" else [])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    microscope.write(tmp_path)
+    assert curves.NO_MATPLOTLIB in capsys.readouterr().out
+    assert "0.30 ± 0.02" in (tmp_path / "microscope.md").read_text()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="tutorials/requirements.txt is not installed")
+    microscope.dots_picture(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
