@@ -227,7 +227,7 @@ def test_grpo_has_no_bias_and_the_mask_has(desk):
     for name in ("GRPO 32x8", "GRPO + mask 32x8"):
         cfg, rows, zs = microscope.config_of(ALL[name], desk), [], []
         cfg.threshold = 0.3
-        for b in range(12):
+        for b in range(6):
             drawn = microscope.draw(desk, desk.problems[:32], cfg, rng(b))
             g, z = microscope.gradient(desk.model, drawn.samples, cfg)
             rows.append(g)
@@ -351,32 +351,40 @@ def test_half_way_is_the_first_round_that_has_come_so_far(monkeypatch):
 
 def test_longer_tasks_have_rarer_slips_for_their_warm_start_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        microscope, "start_of", lambda run: seen.append((run.terms, common.ERROR_RATE)) or (0, 0)
-    )
-    for lines in microscope.LENGTHS:
-        microscope.long_desk(lines, microscope.TINY)
+
+    def start_of(terms, steps):
+        seen.append((terms, common.ERROR_RATE))
+        return None, None
+
+    monkeypatch.setattr(microscope, "start_of", start_of)
+    for name in microscope.LENGTHS:
+        microscope.desk_of.__wrapped__(name, microscope.TINY)
     assert seen == list(microscope.LENGTHS.values()) and common.ERROR_RATE == 0.75
-    for lines, (terms, _) in microscope.LENGTHS.items():
+    for name, (terms, _) in microscope.LENGTHS.items():
+        lines = int(name.split()[0])
         solutions = [common.make_sum(0, "train", i, terms).solution for i in range(300)]
         assert sum(s.count("\n") + 1 for s in solutions) / 300 == pytest.approx(lines, abs=0.15)
 
 
 def test_rows_that_are_there_are_not_computed_again(tmp_path, monkeypatch):
-    made, keys = [], ["a", "b", "c"]
+    made = []
 
-    def jobs(part, sizes):
-        for key in keys:
-            yield (key, "x"), lambda: made.append(key) or [dict(policy=key, method="x", value=1)]
+    def rows_of(part, policy, name, method, sizes):
+        made.append((policy, name))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return [dict(policy=policy, method=name, value=len(made))]
 
-    monkeypatch.setattr(microscope, "jobs", jobs)
-    keys.remove("c")
-    microscope.fill(tmp_path, "noise", SIZES)
-    keys.append("c")
-    microscope.fill(tmp_path, "noise", SIZES)
-    assert made == ["a", "b", "c"]
+    monkeypatch.setattr(microscope, "rows_of", rows_of)
+    with pytest.raises(KeyboardInterrupt):
+        microscope.fill(tmp_path, "noise", SIZES)
+    assert len(microscope.read(tmp_path, "noise")) == 2
+    for _ in range(2):
+        microscope.fill(tmp_path, "noise", SIZES)
+    wanted = [(p, m) for p in SIZES.policies for m in ("chain 32x8, N = 4", "GRPO 32x8")]
     rows = microscope.read(tmp_path, "noise")
-    assert [row["policy"] for row in rows] == made and rows[0]["value"] == "1"
+    assert [(row["policy"], row["method"]) for row in rows] == wanted
+    assert made == [*wanted[:3], *wanted[2:]] and rows[0]["value"] == "1"
 
 
 def cosine_row(method, cosine, tokens, policy="start"):

@@ -41,6 +41,7 @@ that are there.
 import argparse
 import csv
 import functools
+import itertools
 import math
 import os
 import random
@@ -77,10 +78,10 @@ class Sizes(NamedTuple):
     warm_start_steps: int = 300
     rounds: int = 100  # of the run that trains the late policy
     policies: tuple = ("start", "half-way", "late")
-    lengths: tuple = (4, 8, 16, 24)
+    lengths: tuple = ("4 lines", "8 lines", "16 lines", "24 lines")
 
 
-TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 2, ("start",), (2,))
+TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 2, ("start",), ("2 lines",))
 
 GRPO = dict(partition="trajectory", mask=False)
 MATCHED = dict(prompts=32, group_size=8)
@@ -115,7 +116,13 @@ LONG = {  # 8 problems, and 8 answers in the end to each
     "SRPO uncertain 4 + 4": (reset_po, dict(localiser="uncertain", prompts=8)),
 }
 # Mean lines of an answer -> most terms of a sum, and how often a wrong fact comes out wrong.
-LENGTHS = {2: (2, 0.75), 4: (5, 0.75), 8: (9, 0.5), 16: (17, 0.25), 24: (25, 0.17)}
+LENGTHS = {
+    "2 lines": (2, 0.75),
+    "4 lines": (5, 0.75),
+    "8 lines": (9, 0.5),
+    "16 lines": (17, 0.25),
+    "24 lines": (25, 0.17),
+}
 NS = (1, 4, 9, 16)
 
 
@@ -134,26 +141,30 @@ class Desk(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def desk_of(name: str, sizes: Sizes) -> Desk:
-    """The default task's policy of that name; half-way and late are made by one run of spo.py.
+    """The policy of that name: of the default task, or the warm start of a longer one's.
 
-    Half-way is the first round at which the mean accuracy of ten rounds has come half of the way.
-    The rate is constant after its warm-up, so a run of so many rounds is the longer one's beginning.
+    Half-way and late are made by a run of spo.py. Half-way is the first round at which the mean
+    accuracy of ten rounds has come half of the way; the rate is constant after its warm-up, so a
+    run of so many rounds is the longer one's beginning.
     """
-    run = common.RunConfig(terms=sizes.terms, warm_start_steps=sizes.warm_start_steps)
-    problems = common.load_problems("sums", "train", sizes.problems, 0, sizes.terms)
-    if name == "start":
-        model, tokenizer = start_of(run)
+    terms, rate = LENGTHS.get(name, (sizes.terms, common.ERROR_RATE))
+    count = sizes.long_problems if name in LENGTHS else sizes.problems
+    problems = common.load_problems("sums", "train", count, 0, terms)
+    if name == "start" or name in LENGTHS:
+        with patch.object(common, "ERROR_RATE", rate):  # of the student that is imitated
+            model, tokenizer = start_of(terms, sizes.warm_start_steps)
     else:
         folder = trained(sizes.rounds, sizes)
         if name == "half-way":
             folder = trained(half_way(curves.columns(folder)["accuracy"]), sizes)
         model, tokenizer = common.load_policy(folder / "checkpoint", torch.device("cpu"))
-    return Desk(name, model, tokenizer, problems, 10 * sizes.terms + 10)
+    return Desk(name, model, tokenizer, problems, 10 * terms + 10)
 
 
-def start_of(run: common.RunConfig):
+def start_of(terms: int, steps: int):
     """(model, tokenizer) after the warm start, which is kept in runs/ and named by its recipe."""
-    train = common.load_problems("sums", "train", None, run.seed, run.terms)
+    run = common.RunConfig(terms=terms, warm_start_steps=steps)
+    train = common.load_problems("sums", "train", None, run.seed, terms)
     return common.starting_policy(run, train, torch.device("cpu"), common.Compute())
 
 
@@ -178,17 +189,6 @@ def half_way(accuracy: list[float], window: int = 10) -> int:
     means = {end: sum(accuracy[end - window : end]) / window for end in ends}
     middle = (means[window] + means[len(accuracy)]) / 2
     return next((end for end in ends if means[end] >= middle), len(accuracy))
-
-
-@functools.lru_cache(maxsize=1)
-def long_desk(lines: int, sizes: Sizes) -> Desk:
-    """The warm start of a task whose answers have so many lines on average."""
-    terms, rate = LENGTHS[lines]
-    run = common.RunConfig(terms=terms, warm_start_steps=sizes.warm_start_steps)
-    with patch.object(common, "ERROR_RATE", rate):  # of the student that it imitates
-        model, tokenizer = start_of(run)
-    problems = common.load_problems("sums", "train", sizes.long_problems, 0, terms)
-    return Desk(f"{lines} lines", model, tokenizer, problems, 10 * terms + 10)
 
 
 # ------------------------------------------------------------------------------------- one gradient
@@ -354,7 +354,7 @@ def interval(mean: float, error: float, digits: int = 4) -> tuple[float, float, 
 
 def measure(desk: Desk, name: str, method, sizes: Sizes) -> dict:
     """A row: one method's batches at one policy. Batch b has the same problems for all methods."""
-    began, cfg = time.time(), config_of(method, desk, sizes.shrink)
+    began, cfg = time.process_time(), config_of(method, desk, sizes.shrink)
     truth, gradients, zs, tokens, samples = truth_of(desk, sizes), [], [], 0, 0
     for b in range(sizes.batches):
         problems = random.Random(f"batch-{b}").sample(desk.problems, cfg.prompts)
@@ -372,7 +372,9 @@ def measure(desk: Desk, name: str, method, sizes: Sizes) -> dict:
     row |= dict(trained=round(samples, 1), **spread("cosine", mean, error))
     row["snr_per_10k"] = round(signal_to_noise(mean) / tokens * 1e4, 4)
     row["snr_per_100"] = round(signal_to_noise(mean) / max(samples, 1e-9) * 100, 4)
-    return row | spread("bias", bias, bias_error) | dict(seconds=round(time.time() - began, 1))
+    return (
+        row | spread("bias", bias, bias_error) | dict(seconds=round(time.process_time() - began, 1))
+    )
 
 
 def spread(name: str, mean: float, error: float) -> dict:
@@ -430,7 +432,7 @@ def nested(desk: Desk, method, sizes: Sizes) -> Tensor:
 
 def noise_row(desk: Desk, name: str, method, sizes: Sizes) -> dict:
     """Shares of a batch's noise, with intervals by the jackknife over problems."""
-    began, h = time.time(), nested(desk, method, sizes)
+    began, h = time.process_time(), nested(desk, method, sizes)
 
     def shares(x: Tensor) -> Tensor:
         parts = components(x)[1:]
@@ -441,7 +443,7 @@ def noise_row(desk: Desk, name: str, method, sizes: Sizes) -> dict:
     row = dict(policy=desk.name, method=name, problems=len(h))
     for i, part in enumerate(("between_problems", "between_answers", "between_continuations")):
         row |= spread(part, whole[i].item(), jackknife(left_out[:, i].tolist()))
-    return row | dict(seconds=round(time.time() - began, 1))
+    return row | dict(seconds=round(time.process_time() - began, 1))
 
 
 # ---------------------------------------------------------------------------- are the signs right?
@@ -537,7 +539,7 @@ def sign_rows(desk: Desk, sizes: Sizes) -> list[dict]:
     estimated = {n: segments_of(answers, exact, values(n), sizes.exact) for n in NS}
     estimated["whole answer"] = whole_answer(answers, estimated[1])
     return [
-        dict(policy=desk.name, n=n, group=group)
+        dict(policy=desk.name, method="chain", n=n, group=group)
         | sign_shares([segment for segment in segments if belongs(segment)])
         for n, segments in estimated.items()
         for group, belongs in GROUPS.items()
@@ -547,36 +549,19 @@ def sign_rows(desk: Desk, sizes: Sizes) -> list[dict]:
 # ------------------------------------------------------------------------ tables, sentences, pictures
 
 
-def jobs(part: str, sizes: Sizes):
-    """(first columns of the rows, what computes them), the most telling first."""
-    if part == "cosines":
-        for methods in (FIRST, SECOND):
-            for policy in sizes.policies:
-                for name, method in methods.items():
-                    yield (
-                        (policy, name),
-                        lambda: [measure(desk_of(policy, sizes), name, method, sizes)],
-                    )
-    if part == "noise":
-        for policy in sizes.policies:
-            for name in ("chain 32x8, N = 4", "GRPO 32x8"):
-                yield (
-                    (policy, name),
-                    lambda: [noise_row(desk_of(policy, sizes), name, FIRST[name], sizes)],
-                )
-    if part == "lengths":
-        for lines in sizes.lengths:
-            for name, method in LONG.items():
-                yield (
-                    (f"{lines} lines", name),
-                    lambda: [measure(long_desk(lines, sizes), name, method, sizes)],
-                )
+PARTS = dict(  # their tables' methods, the most telling first; `signs` has one of its own
+    cosines=(FIRST, SECOND),
+    signs=({"chain": None},),
+    noise=({name: FIRST[name] for name in ("chain 32x8, N = 4", "GRPO 32x8")},),
+    lengths=(LONG,),
+)
+
+
+def rows_of(part: str, policy: str, name: str, method, sizes: Sizes) -> list[dict]:
+    desk = desk_of(policy, sizes)
     if part == "signs":
-        for policy in sizes.policies:
-            yield (policy,), lambda: sign_rows(desk_of(policy, sizes), sizes)
-
-
-PARTS = ("cosines", "signs", "noise", "lengths")
+        return sign_rows(desk, sizes)
+    return [(noise_row if part == "noise" else measure)(desk, name, method, sizes)]
 
 
 def read(out: Path, part: str) -> list[dict]:
@@ -590,16 +575,18 @@ def read(out: Path, part: str) -> list[dict]:
 
 def fill(out: Path, part: str, sizes: Sizes) -> None:
     """Compute what the table lacks. Rows go in at once, so that a kill loses no more than one."""
-    for key, compute in jobs(part, sizes):
-        if key in {tuple(row.values())[: len(key)] for row in read(out, part)}:
-            continue
-        rows = compute()
-        with open(out / f"microscope_{part}.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
-        print(f"{part}: {', '.join(map(str, list(rows[0].values())[:12]))}", flush=True)
+    policies = sizes.lengths if part == "lengths" else sizes.policies
+    for methods, policy in itertools.product(PARTS[part], policies):
+        for name, method in methods.items():
+            if (policy, name) in {(row["policy"], row["method"]) for row in read(out, part)}:
+                continue
+            rows = rows_of(part, policy, name, method, sizes)
+            with open(out / f"microscope_{part}.csv", "a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerows(rows)
+            print(f"{part}: {', '.join(map(str, list(rows[0].values())[:10]))}", flush=True)
 
 
 def grouped(rows: list[dict], key: str) -> dict[str, list[dict]]:
