@@ -30,7 +30,7 @@ def desk(model, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "initial_state", lambda *_: (PROMPT, [], "0"))
     monkeypatch.chdir(tmp_path)
     problems = [common.Problem(str(i), "", "0") for i in range(64)]
-    return microscope.Desk("enumerated", model, tokenizer, problems, HORIZON)
+    return microscope.Desk("enumerated", model, tokenizer, problems, HORIZON, {})
 
 
 def rng(seed=0) -> torch.Generator:
@@ -172,15 +172,32 @@ ALL = microscope.FIRST | microscope.SECOND
 def test_a_gradient_is_that_of_the_scripts_update(desk, name):
     cfg = microscope.config_of(ALL[name], desk)
     cfg.segment_tokens = 1  # a tree's nodes on the enumerated policy
-    drawn = microscope.draw(desk, desk.problems[: cfg.prompts], cfg, rng())
+    drawn = microscope.draw(desk, desk.problems[: cfg.prompts], cfg, 0)
     g, z = microscope.gradient(desk.model, drawn.samples, cfg)
     right = -update_gradient(desk, drawn.samples, cfg)
     assert right.norm() > 0 and (g - right).norm() < 1e-4 * right.norm()
     assert drawn.tokens > 0 and z > 0
 
 
+def test_methods_that_draw_alike_share_answers_but_not_values(desk):
+    """And batches share nothing."""
+
+    def drawn(name, seed):
+        cfg = microscope.config_of(ALL[name], desk)
+        return microscope.draw(desk, desk.problems[: cfg.prompts], cfg, seed).samples
+
+    def texts(samples):
+        return [s.ids for s in samples]
+
+    one, four = drawn("chain 32x8, N = 1", 0), drawn("chain 32x8, N = 4", 0)
+    assert texts(one) == texts(four) == texts(drawn("GRPO 32x8", 0)) != texts(drawn("GRPO 32x8", 1))
+    assert [s.advantages for s in one] != [s.advantages for s in four]
+    assert len(drawn("GRPO 8x8", 0)) == 64 and len(drawn("chain 64x1, N = 4", 0)) == 64
+    assert len(desk.kept) == 4
+
+
 def test_methods_are_what_their_names_say(desk):
-    for name, method in (ALL | microscope.LONG).items():
+    for name, method in (ALL | microscope.LONG | microscope.LAST).items():
         cfg = microscope.config_of(method, desk)
         if "x" in (shape := name.split(",")[0].split()[-1]) and shape[0].isdigit():
             assert f"{cfg.prompts}x{cfg.group_size}" == shape
@@ -228,7 +245,7 @@ def test_grpo_has_no_bias_and_the_mask_has(desk):
         cfg, rows, zs = microscope.config_of(ALL[name], desk), [], []
         cfg.threshold = 0.3
         for b in range(6):
-            drawn = microscope.draw(desk, desk.problems[:32], cfg, rng(b))
+            drawn = microscope.draw(desk, desk.problems[:32], cfg, b)
             g, z = microscope.gradient(desk.model, drawn.samples, cfg)
             rows.append(g)
             zs.append(float(z))
@@ -241,7 +258,7 @@ def test_a_row_of_cosines(desk):
     cfg, truth = microscope.config_of(ALL["GRPO 8x8"], desk), microscope.truth_of(desk, SIZES)
     found, tokens = [], 0
     for b in range(3):
-        drawn = microscope.draw(desk, desk.problems[:8], cfg, rng(b))  # all problems are alike
+        drawn = microscope.draw(desk, desk.problems[:8], cfg, b)  # all problems are alike
         g, _ = microscope.gradient(desk.model, drawn.samples, cfg)
         t1, t2 = truth["halves"]
         found.append(((g @ (t1 + t2)) / 2 / g.norm() / (t1 @ t2) ** 0.5).item())

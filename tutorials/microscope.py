@@ -30,9 +30,9 @@ ratios are 1 and nothing is clipped (tests/test_microscope.py compares it with `
     python tutorials/microscope.py --only signs noise lengths
     python tutorials/microscope.py --tiny --out /tmp/x    seconds: does it run?
 
-TIMES
-
-Policies, truths and the run that trains half-way and late are kept in runs/. Each row goes to its
+Of processor time on one slow core (not run whole yet: computed from single batches) `cosines` takes
+40 minutes, of which the first 13 methods take 30, `signs` and `noise` 5 each, `lengths` 35, half of
+it for the warm starts of the long answers. Where cores are free it is about half of that. Policies, truths and the run that trains half-way and late are kept in runs/. Each row goes to its
 table in --out (tutorials/results/) as soon as it is known, and what is there is not computed again;
 delete a table to have it anew. Last come microscope.md, microscope.png and signs.png, from all rows
 that are there.
@@ -76,12 +76,13 @@ class Sizes(NamedTuple):
     shrink: int = 1  # divides a method's problems
     terms: int = 7
     warm_start_steps: int = 300
+    long_steps: int = 150  # the same, for `lengths`
     rounds: int = 100  # of the run that trains the late policy
     policies: tuple = ("start", "half-way", "late")
     lengths: tuple = ("4 lines", "8 lines", "16 lines", "24 lines")
 
 
-TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 2, ("start",), ("2 lines",))
+TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 60, 2, ("start",), ("2 lines",))
 
 GRPO = dict(partition="trajectory", mask=False)
 MATCHED = dict(prompts=32, group_size=8)
@@ -93,7 +94,8 @@ FIRST = {  # the method's name -> its script, and its Config
     "chain 32x8, N = 9": (spo, MATCHED | dict(continuations=9)),
     "tree 2-2-2": (spo, dict(variant="tree", prompts=32)),
     "tree 2-2-2, levels alike": (spo, dict(variant="tree", prompts=32, level_weights=True)),
-    "newline 32x8, N = 4": (spo, MATCHED | dict(partition="newline")),
+    "newline 64x1, N = 4": (spo, dict(partition="newline", prompts=64)),
+    "chain 64x1, N = 4": (spo, dict(prompts=64)),
     "RRPO 4 + 4": (reset_po, dict(method="rrpo")),
     "SRPO uncertain 4 + 4": (reset_po, dict(localiser="uncertain")),
     "SRPO oracle 4 + 4": (reset_po, dict(localiser="oracle")),
@@ -102,7 +104,6 @@ FIRST = {  # the method's name -> its script, and its Config
 SECOND = {
     "GRPO 8x8": (spo, GRPO | dict(prompts=8, group_size=8)),
     "chain 8x8, N = 4": (spo, dict(prompts=8, group_size=8)),
-    "chain 64x1, N = 4": (spo, dict(prompts=64)),
     "chain 32x8, N = 16": (spo, MATCHED | dict(continuations=16)),
     "tree 4-4": (spo, dict(variant="tree", prompts=32, branching=[4, 4])),
 }
@@ -110,7 +111,6 @@ LONG = {  # 8 problems, and 8 answers in the end to each
     "GRPO 8x8": SECOND["GRPO 8x8"],
     "GRPO + mask 8x8": (spo, GRPO | dict(prompts=8, group_size=8, mask=True)),
     "chain 8x8, N = 1": (spo, dict(prompts=8, group_size=8, continuations=1)),
-    "chain 8x8, N = 4": SECOND["chain 8x8, N = 4"],
     "tree 2-2-2": (spo, dict(variant="tree", prompts=8)),
     "RRPO 4 + 4": (reset_po, dict(method="rrpo", prompts=8)),
     "SRPO uncertain 4 + 4": (reset_po, dict(localiser="uncertain", prompts=8)),
@@ -123,6 +123,7 @@ LENGTHS = {
     "16 lines": (17, 0.25),
     "24 lines": (25, 0.17),
 }
+LAST = {"chain 8x8, N = 4": SECOND["chain 8x8, N = 4"]}  # of long answers: dear
 NS = (1, 4, 9, 16)
 
 
@@ -137,6 +138,7 @@ class Desk(NamedTuple):
     tokenizer: object
     problems: list[common.Problem]
     longest: int  # tokens of an answer
+    kept: dict  # what has been drawn from the prompts, for methods that can share it
 
 
 @functools.lru_cache(maxsize=4)
@@ -151,14 +153,15 @@ def desk_of(name: str, sizes: Sizes) -> Desk:
     count = sizes.long_problems if name in LENGTHS else sizes.problems
     problems = common.load_problems("sums", "train", count, 0, terms)
     if name == "start" or name in LENGTHS:
+        steps = sizes.long_steps if name in LENGTHS else sizes.warm_start_steps
         with patch.object(common, "ERROR_RATE", rate):  # of the student that is imitated
-            model, tokenizer = start_of(terms, sizes.warm_start_steps)
+            model, tokenizer = start_of(terms, steps)
     else:
         folder = trained(sizes.rounds, sizes)
         if name == "half-way":
             folder = trained(half_way(curves.columns(folder)["accuracy"]), sizes)
         model, tokenizer = common.load_policy(folder / "checkpoint", torch.device("cpu"))
-    return Desk(name, model, tokenizer, problems, 10 * terms + 10)
+    return Desk(name, model, tokenizer, problems, 10 * terms + 10, {})
 
 
 def start_of(terms: int, steps: int):
@@ -206,20 +209,36 @@ def config_of(method, desk: Desk, shrink: int = 1):
     return script.Config(**options | dict(prompts=prompts, max_new_tokens=desk.longest))
 
 
-def draw(desk: Desk, problems, cfg, generator) -> Drawn:
+def from_prompts(desk: Desk, problems, cfg, seed: int):
+    """What a method draws from its prompts: answers, trees, or a reset's answers with their plans.
+    Methods that do this alike get the same, so they differ by their credit alone."""
+    reset = isinstance(cfg, reset_po.Config)
+    tree = not reset and cfg.variant == "tree"
+    shape = ("reset",) if reset else (*cfg.branching,) if tree else (cfg.group_size,)
+    if (key := (seed, cfg.prompts, tree, *shape)) not in desk.kept:
+        states = [common.initial_state(desk.tokenizer, problem) for problem in problems]
+        where, generator = (desk.model, desk.tokenizer), torch.Generator().manual_seed(seed)
+        if reset:
+            desk.kept[key] = reset_po.draw_answers(*where, states, cfg, generator)
+        elif tree:
+            desk.kept[key] = spo.grow_trees(*where, states, cfg, generator)
+        else:
+            desk.kept[key] = answers_to(desk, problems, cfg.group_size, generator)
+    return desk.kept[key]
+
+
+def draw(desk: Desk, problems, cfg, seed: int) -> Drawn:
     """Steps 1 and 2 of the script's loop: sample, and give credit."""
-    model, tokenizer = desk.model, desk.tokenizer
-    states = [common.initial_state(tokenizer, problem) for problem in problems]
+    drawn = from_prompts(desk, problems, cfg, seed)
+    generator = torch.Generator().manual_seed(10**6 + seed)
     if isinstance(cfg, reset_po.Config):
-        drawn, plans = reset_po.draw_answers(model, tokenizer, states, cfg, generator)
-        credit = reset_po.assign_credit(model, tokenizer, problems, drawn, plans, cfg, generator)
+        where = desk.model, desk.tokenizer
+        credit = reset_po.assign_credit(*where, problems, *drawn, cfg, generator)
         return Drawn(credit.samples, [], sum(credit.tokens.values()))
     if cfg.variant == "tree":
-        tree = spo.grow_trees(model, tokenizer, states, cfg, generator)
-        credit = spo.credit_trees(model, tree, cfg)
+        credit = spo.credit_trees(desk.model, drawn, cfg)
     else:
-        rollouts = answers_to(desk, problems, cfg.group_size, generator)
-        credit = chain_credit(desk, problems, rollouts, cfg, generator)
+        credit = chain_credit(desk, problems, drawn, cfg, generator)
     return Drawn(credit.samples, credit.owners, credit.tokens)
 
 
@@ -294,7 +313,7 @@ def truth_of(desk: Desk, sizes: Sizes) -> dict:
     path = Path("runs", "microscope", name)
     if path.exists():
         return torch.load(path, weights_only=True)
-    generator = torch.Generator().manual_seed(10**6)
+    generator = torch.Generator().manual_seed(10**9)
     halves, rewards = zip(*(true_half(desk, sizes.truth, generator) for _ in range(2)))
     accuracy = sum(map(sum, rewards)) / sum(map(len, rewards))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -353,12 +372,13 @@ def interval(mean: float, error: float, digits: int = 4) -> tuple[float, float, 
 
 
 def measure(desk: Desk, name: str, method, sizes: Sizes) -> dict:
-    """A row: one method's batches at one policy. Batch b has the same problems for all methods."""
+    """A row: one method's batches at one policy. Batch b has the same problems for all methods,
+    and the same answers where they draw alike. seconds: of processor time."""
     began, cfg = time.process_time(), config_of(method, desk, sizes.shrink)
     truth, gradients, zs, tokens, samples = truth_of(desk, sizes), [], [], 0, 0
     for b in range(sizes.batches):
         problems = random.Random(f"batch-{b}").sample(desk.problems, cfg.prompts)
-        drawn = draw(desk, problems, cfg, torch.Generator().manual_seed(b))
+        drawn = draw(desk, problems, cfg, b)
         g, z = gradient(desk.model, drawn.samples, cfg)
         gradients.append(g)
         zs.append(float(z))
@@ -553,7 +573,7 @@ PARTS = dict(  # their tables' methods, the most telling first; `signs` has one 
     cosines=(FIRST, SECOND),
     signs=({"chain": None},),
     noise=({name: FIRST[name] for name in ("chain 32x8, N = 4", "GRPO 32x8")},),
-    lengths=(LONG,),
+    lengths=(LONG, LAST),
 )
 
 
