@@ -1,7 +1,6 @@
 """The microscope against loops, synthetic vectors with a known truth, and the enumerated policy."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import common  # noqa: E402
 import curves  # noqa: E402
 import microscope  # noqa: E402
 import reset_po  # noqa: E402
-import runs  # noqa: E402
 import spo  # noqa: E402
 from tiny_policy import HORIZON, PROMPT, exact_values, fake_rewards, flat_grad  # noqa: E402
 from tiny_policy import reward_of, rollouts_of, true_gradient  # noqa: E402
@@ -143,7 +141,7 @@ def test_components_in_loops():
     assert single[3] == 0 and sum(single) == pytest.approx((h[:, :, 0] ** 2).sum(-1).mean().item())
 
 
-# --------------------------------------------------------------------- gradients are the scripts' own
+# ------------------------------------------------------------------- gradients are the scripts' own
 
 
 def update_gradient(desk, samples, cfg):
@@ -287,7 +285,7 @@ def test_nested_draws_share_what_they_should(desk):
     assert row["between_problems"] + row["between_answers"] == pytest.approx(1, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------- signs
+# -------------------------------------------------------------------------------------------- signs
 
 
 def answer(ids, starts):
@@ -352,7 +350,7 @@ def test_near_exact_advantages_are_the_enumerated_ones(desk, monkeypatch):
     assert {round(s.estimate, 4) for s in every} <= {-1.0, 0.0, 1.0}
 
 
-# ---------------------------------------------------------------------- policies, tables and pictures
+# -------------------------------------------------------------------- policies, tables and pictures
 
 
 def test_half_way_is_the_first_round_that_has_come_so_far(monkeypatch):
@@ -424,20 +422,22 @@ def test_sentences_follow_from_the_rows():
     assert "| good | 8 | 5,000 | 64 | 0.40 ± 0.02 | 0.90 ± 0.10 | 0.381 |" in text
 
 
-def test_a_tiny_run_leaves_tables_and_text(tmp_path):
-    """Whole, as a student runs it."""
-    command = [sys.executable, str(ROOT / "tutorials" / "microscope.py"), "--tiny", "--only"]
-    options = dict(
-        cwd=tmp_path, capture_output=True, text=True, env=runs.ENV | {"TQDM_DISABLE": "1"}
+def test_a_tiny_run_leaves_tables_and_text(warm, monkeypatch, capsys):
+    """On the warm start that is there: --tiny has the small runs' recipe."""
+    monkeypatch.chdir(warm)
+    parts = ["signs", "noise", "lengths"]
+    monkeypatch.setattr(
+        sys, "argv", ["microscope.py", "--tiny", "--out", "found", "--only", *parts]
     )
-    done = subprocess.run([*command, "signs", "noise", "--out", "found"], **options)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "found"
-    policies = len(microscope.TINY.policies)
+    microscope.main()
+    out, policies, shown = warm / "found", len(microscope.TINY.policies), capsys.readouterr().out
+    assert len([*(warm / "runs" / "warm_start").iterdir()]) == 1
     assert len(microscope.read(out, "noise")) == 2 * policies
     assert len(microscope.read(out, "signs")) == 5 * len(microscope.GROUPS) * policies
-    assert "Is the sign right?" in (out / "microscope.md").read_text()
-    assert (out / "signs.png").exists() != (curves.NO_MATPLOTLIB in done.stdout)
+    assert len(microscope.read(out, "lengths")) == len(microscope.LONG | microscope.LAST)
+    text = (out / "microscope.md").read_text()
+    assert all(title in text for part, (title, _) in microscope.TEXTS.items() if part in parts)
+    assert (out / "signs.png").exists() != (curves.NO_MATPLOTLIB in shown)
 
 
 def test_pictures_are_drawn(tmp_path, monkeypatch, capsys):

@@ -32,7 +32,8 @@ ratios are 1 and nothing is clipped (tests/test_microscope.py compares it with `
 
 Of processor time on one slow core (not run whole yet: computed from single batches) `cosines` takes
 40 minutes, of which the first 13 methods take 30, `signs` and `noise` 5 each, `lengths` 35, half of
-it for the warm starts of the long answers. Where cores are free it is about half of that. Policies, truths and the run that trains half-way and late are kept in runs/. Each row goes to its
+it for the warm starts of the long answers. Policies, truths and the run that trains half-way and
+late are kept in runs/. Each row goes to its
 table in --out (tutorials/results/) as soon as it is known, and what is there is not computed again;
 delete a table to have it anew. Last come microscope.md, microscope.png and signs.png, from all rows
 that are there.
@@ -294,7 +295,7 @@ def gradient(model, samples: list[common.Sample], cfg) -> tuple[Tensor, int]:
 def true_half(desk: Desk, n: int, generator) -> tuple[Tensor, list[float]]:
     """(D,) gradient of the mean reward, from n answers to each problem; their rewards.
 
-    Leave-one-out: r minus the mean of the n - 1 others is n / (n - 1) times r minus the mean of all.
+    Leave-one-out: r minus the mean of the others is n / (n - 1) times r minus the mean of all.
     """
     rollouts = answers_to(desk, desk.problems, n, generator)
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, n)  # (P, n)
@@ -401,7 +402,7 @@ def spread(name: str, mean: float, error: float) -> dict:
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval(mean, error)))
 
 
-# ------------------------------------------------------------------------ where the noise comes from
+# ----------------------------------------------------------------------- where the noise comes from
 
 
 def components(h: Tensor) -> Tensor:
@@ -566,7 +567,7 @@ def sign_rows(desk: Desk, sizes: Sizes) -> list[dict]:
     ]
 
 
-# ------------------------------------------------------------------------ tables, sentences, pictures
+# ---------------------------------------------------------------------- tables, sentences, pictures
 
 
 PARTS = dict(  # their tables' methods, the most telling first; `signs` has one of its own
