@@ -219,10 +219,12 @@ def test_equal_texts_are_merged_and_given_ones_left_as_they_are():
 
 
 def test_the_truth_is_the_gradient_of_the_mean_reward(desk):
-    t, rewards = microscope.true_half(desk, 100, rng())
+    """From 2 answers to each problem, where leaving one out or none makes a factor of 2."""
+    many = desk._replace(problems=desk.problems * 60)
+    t, rewards = microscope.true_half(many, 2, rng())
     right = true_gradient(desk.model)
-    assert len(rewards) == 6400
-    assert (t - right).norm() < 0.15 * right.norm()
+    assert len(rewards) == 2 * 64 * 60
+    assert (t - right).norm() < 0.25 * right.norm()
 
 
 def test_the_truth_is_kept_for_these_weights_alone(desk, monkeypatch):
