@@ -87,16 +87,17 @@ TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 60, 2, ("start",), ("2 lines",))
 
 GRPO = dict(partition="trajectory", mask=False)
 MATCHED = dict(prompts=32, group_size=8)
+SINGLE = dict(prompts=64, group_size=1, continuations=4)
 FIRST = {  # the method's name -> its script, and its Config
     "GRPO 32x8": (spo, GRPO | MATCHED),
     "GRPO + mask 32x8": (spo, GRPO | MATCHED | dict(mask=True)),
-    "chain 32x8, N = 4": (spo, MATCHED),
+    "chain 32x8, N = 4": (spo, MATCHED | dict(continuations=4)),
     "chain 32x8, N = 1": (spo, MATCHED | dict(continuations=1)),
     "chain 32x8, N = 9": (spo, MATCHED | dict(continuations=9)),
     "tree 2-2-2": (spo, dict(variant="tree", prompts=32)),
     "tree 2-2-2, levels alike": (spo, dict(variant="tree", prompts=32, level_weights=True)),
-    "newline 64x1, N = 4": (spo, dict(partition="newline", prompts=64)),
-    "chain 64x1, N = 4": (spo, dict(prompts=64)),
+    "newline 64x1, N = 4": (spo, SINGLE | dict(partition="newline")),
+    "chain 64x1, N = 4": (spo, SINGLE),
     "RRPO 4 + 4": (reset_po, dict(method="rrpo")),
     "SRPO uncertain 4 + 4": (reset_po, dict(localiser="uncertain")),
     "SRPO oracle 4 + 4": (reset_po, dict(localiser="oracle")),
@@ -104,7 +105,7 @@ FIRST = {  # the method's name -> its script, and its Config
 }
 SECOND = {
     "GRPO 8x8": (spo, GRPO | dict(prompts=8, group_size=8)),
-    "chain 8x8, N = 4": (spo, dict(prompts=8, group_size=8)),
+    "chain 8x8, N = 4": (spo, dict(prompts=8, group_size=8, continuations=4)),
     "chain 32x8, N = 16": (spo, MATCHED | dict(continuations=16)),
     "tree 4-4": (spo, dict(variant="tree", prompts=32, branching=[4, 4])),
 }
@@ -207,7 +208,8 @@ class Drawn(NamedTuple):
 def config_of(method, desk: Desk, shrink: int = 1):
     script, options = method
     prompts = max(2, options.get("prompts", script.Config().prompts) // shrink)
-    return script.Config(**options | dict(prompts=prompts, max_new_tokens=desk.longest))
+    sizes = dict(prompts=prompts, batch_size=0, max_new_tokens=desk.longest)  # one update of all
+    return script.Config(**options | sizes)
 
 
 def from_prompts(desk: Desk, problems, cfg, seed: int):
