@@ -626,7 +626,7 @@ def optimizer_step(
 
 
 def averages(totals: Counter, per_update: tuple, per_token: tuple) -> dict:
-    """What an update has summed up, as means over its optimiser steps or its trained tokens."""
+    """What `update` has summed up, as means over its optimiser steps or its trained tokens."""
     metrics = {key: totals[key] / max(totals["updates"], 1) for key in per_update}
     return metrics | {key: totals[key] / max(totals["tokens"], 1) for key in per_token}
 

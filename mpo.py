@@ -8,15 +8,15 @@ to K tokens, and the rest of GRPO stays.
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
 `sample`), `score` (with `token_logprobs`), `minibatches`, `clipped_surrogate`, `group_advantages`.
---steps counts rounds; a round (`step`) samples once and makes one update (optimiser step) or more.
-In names, "block" stands for K tokens in either layout.
+--steps counts rounds; a round (`step`) samples, then makes updates (optimiser steps). In names,
+"block" stands for K tokens in either layout; `window_weights` serves both.
 
 Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t) the ratio of the K tokens from t on is
 
     R_t = exp(l_t + ... + l_{t+K-1})                   joint: the product of K ratios (Eq. 8)
     R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})     weighted, sum beta = 1 (Eq. 9 and 11)
 
-The K - 1 tokens behind the first of the K are the future ones. By default K = 5, in windows, and
+The K - 1 tokens after the first of the K are the future ones. By default K = 5, in windows, and
 the future tokens share a weight of 0.2, so the first one has 0.8. The layouts, for K = 3:
 
     window: every token t has the ratio of the K tokens from it on
@@ -37,7 +37,7 @@ with a = t in windows; in blocks a is the first token of t's block, so a block's
 often as it has tokens. N is the number of tokens of all answers of an update. K = 1 is GRPO, here
 without a KL and with the mean over all tokens of an update.
 
-The built-in task is running sums, a step a line, for a small policy that has learned some
+The built-in task is running sums, an operation a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
 
 Confirmed by the abstract and public notes on the paper: K tokens are one action, only the ratio
@@ -68,8 +68,8 @@ token's beta over all terms of L whose ratio contains it. Away from the ends of 
     block, share p     K (1 - p) for the block's first token, K p / (K - 1) for the others
 
 At the ends: in windows the first K - 1 tokens weigh less, for fewer windows hold them, and the last
-ones more where beta is renormalised (p = 0: all weigh 1). In a last block of n tokens, n stands for
-K, and beta is the renormalised one.
+ones more where beta is renormalised (p = 0: all weigh 1). In a last block of n tokens each weighs n
+times its beta, which is renormalised unless joint.
 
 With one update a round K shows in these weights alone. By default a round makes four updates: from
 the second on ratios leave 1, and K acts through them and the clip as well.
@@ -88,7 +88,7 @@ from typing import Literal, NamedTuple
 import common  # first: Ctrl-C during the imports ends without a traceback
 import torch
 import torch.nn.functional as F
-from common import BadInput, Batch, Compute, Sample, arg
+from common import BadInput, Batch, Compute, Problem, Sample, arg
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
@@ -171,7 +171,7 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
     >>> window_weights(torch.tensor([[True, True, False]]), 2, 0.2).tolist()
     [[[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]]
     """
-    # In float64 where there is one: rounded once, when cast to l's dtype. K is min(K, T) from here.
+    # In float64, if the device has it: rounded once, when cast to l's dtype. K is min(K, T) here.
     dtype = common.exact_dtype(mask.device)
     beta = block_weights(block_size, weights, mask.shape[1]).to(dtype).to(mask.device)  # (K,)
     inside = F.pad(mask, (0, len(beta) - 1)).unfold(1, len(beta), 1)  # (B, T, K)
@@ -185,8 +185,8 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     """(B, T) index a(t) of the token whose window gives each token its ratio: the token itself, or
     the first one of its block, for a block's ratio is that of the window at its first token. Blocks
-    count from each row's first token in the mask, and anew after a gap; in this script a mask
-    begins at the first token and has no gap.
+    count from each row's first token in the mask, and anew after a gap: other callers have such
+    masks, here one begins at the first token and has no gap.
 
     >>> anchors(torch.ones(1, 7, dtype=torch.bool), 3, "block").tolist()
     [[0, 0, 0, 3, 3, 3, 6]]
@@ -270,11 +270,11 @@ def update(
     model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str,
     ratios: dict | None = None, scaler=None, compute=Compute(),
 ) -> dict:  # fmt: skip
-    """`epochs` passes over the samples, `batch_size` to an update; returns metrics averaged over
-    its updates.
+    """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
+    per update (loss, gradient norm) and per trained token (the rest).
 
-    ratios: filled in here, for the display: id(sample) -> its ratios at its last pass, and where
-    they were clipped. None where nothing is shown.
+    shuffle: the seed of their order. ratios: filled in here, for the display: id(sample) -> its
+    ratios at its last pass, and where they were clipped. None where nothing is shown.
     """
     totals = Counter()  # whose update() adds
     for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
@@ -309,9 +309,9 @@ def update(
 
 
 def diagnose(log_ratio, log_blocks, batch: Batch, clipped: Tensor, cfg: Config) -> dict:
-    """Sums over the tokens of the samples with a signal. kl: of KL(pi_old || pi). block_clip: where
-    the clip stops the gradient, token_clip: where it would if a token were an action. For both, the
-    ratio and its square: *_ratio, *_ratio_squared."""
+    """Sums over the tokens of the samples with a signal. kl: k3 of KL(pi_old || pi). block_clip:
+    where the clip stops the gradient, token_clip: where it would if a token were an action. For
+    both, the ratio and its square: *_ratio, *_ratio_squared."""
     _, token_clipped = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)
     rows = torch.stack([log_ratio, log_blocks])[:, batch.mask].cpu().double()  # (2, tokens)
     ratios = rows.clamp(-10, 10).exp()  # as in clipped_surrogate
@@ -386,7 +386,7 @@ def updates_of(cfg: Config) -> int:
     return cfg.epochs * cfg.prompts * cfg.group_size // cfg.batch_size
 
 
-def headline(cfg: Config, train: list) -> str:
+def headline(cfg: Config, train: list[Problem]) -> str:
     later = "from the second on ratios leave 1, and K acts through them and the clip"
     one = "all ratios are 1, no clip acts, and K shows in the weights of tokens alone"
     return (

@@ -7,8 +7,8 @@ final answer (behind ####) is right, else 0, and has then failed. A step is a li
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
 `sample`), `score` (with `token_logprobs`), `minibatches`, `step_starts`, `group_advantages`.
---steps counts rounds; a round (`step`) samples once and makes one update (optimiser step) or more.
-Only in `main` and in names such as `describe_step` is a step such a round; else it is a line.
+--steps counts rounds; a round (`step`) samples, then makes updates (optimiser steps). Only in
+`main`, `describe_step` and `step_counts` is a step such a round; else it is a line.
 
 With G = 4, for each prompt x0,
 
@@ -30,7 +30,7 @@ With G = 4, for each prompt x0,
 " / " is a line break. GRPO here: no resets, but one group of 2G answers to x0, and the same L, so
 no KL, ratio or clip, and a mean over the tokens of each answer.
 
-The built-in task is running sums, a step a line, for a small policy that has learned some
+The built-in task is running sums, an operation a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
 
 Departures from the paper, or from the authors' code:
@@ -74,7 +74,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 TRIES = 12  # answers among which the paper looks for a failure
-LOCALISER_TEMPERATURE = 0.3  # the paper's: the policy is asked once
+LOCALISER_TEMPERATURE = 0.3  # the paper's; the policy is asked once for each seed
 
 
 @dataclass
@@ -179,8 +179,8 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     candidates = [i for i in range(drawn) if keep or i not in seeds]  # may stand in the base group
     missing = cfg.seeds - len(seeds)
     if missing and drawn < limit:  # look on
-        # paper: one for each missing seed at least, and in all a base group and the seeds; the rest
-        # may not be needed. keep: that is never less than the rest of the `fresh`.
+        # paper: one for each missing seed at least, and in all a base group and the seeds; then it
+        # is planned again. keep: min() makes it the rest of the `fresh`.
         needed = max(missing, cfg.fresh + cfg.seeds - drawn)
         return Plan(min(limit - drawn, needed), seeds, candidates)
     base = candidates[: cfg.fresh]
@@ -216,7 +216,7 @@ def localise_surprise(probs: list[float], starts: list[int]) -> int:
 def localise_uncertain(probs: list[float], starts: list[int], threshold: float) -> int:
     """The first step with a token sampled at a probability below `threshold`; if no token is, the
     one with the least likely token. Where the policy could have written something else, it can be
-    wrong; the first such step mostly lies at the mistake or before it, where all can be saved.
+    wrong; the first such step mostly lies at the mistake or before it, where it can be avoided.
     """
     for t, p in enumerate(probs):
         if p < threshold:
@@ -398,17 +398,17 @@ def reset_seeds(model, tokenizer, problems, seeds, cfg: Config, generator, compu
 
 class Credit(NamedTuple):
     base: list[list[Sample]]  # one group a problem: answers to its prompt
-    reset: list[list[Sample]]  # one group for each of `resets`: suffixes, in the context of x*
+    suffixes: list[list[Sample]]  # one group for each of `resets`, in the context of x*
     resets: list[Reset]  # where they come from, for metrics and display
-    accuracy: float  # over each problem's first draw
+    accuracy: float  # mean reward of the answers that `draw_answers` samples in its first pass
     entropy: float  # the policy's mean entropy over the tokens of all drawn answers, nats
-    # How many were sampled in base groups ("base"), in answers outside of them ("seed"), in the
-    # localiser's replies ("localiser"), and after resets ("reset").
+    # How many were sampled in base groups ("base"), in answers outside of them ("seed": by keep 0,
+    # for the seed is inside), in the localiser's replies ("localiser"), after resets ("reset").
     tokens: dict[str, int]
 
     @property
     def samples(self) -> list[Sample]:
-        return [s for group in self.base + self.reset for s in group]
+        return [s for group in self.base + self.suffixes for s in group]
 
 
 def credit_group(samples: list[Sample], rollouts: list[Rollout]) -> None:
@@ -440,7 +440,7 @@ def assign_credit(
         common.score(model, [s for group in groups for s in group], cfg.temperature, compute)
     for samples, reset in zip(groups, resets):
         credit_group(samples, reset.group)
-    # Over each problem's first draw, whose size is the same for all; later ones depend on failures.
+    # Over `draw_answers`'s first pass, as many for each problem; later ones depend on failures.
     first = plan_groups([], cfg).more
     rewards = [r.reward for rollouts in drawn for r in rollouts[:first]]
     tokens = dict(base=sum(len(s.ids) for group in base for s in group))
@@ -448,7 +448,7 @@ def assign_credit(
     tokens["localiser"] = asked
     tokens["reset"] = sum(len(s.ids) for group in groups for s in group)
     return Credit(
-        base=base, reset=groups, resets=resets, accuracy=sum(rewards) / len(rewards),
+        base=base, suffixes=groups, resets=resets, accuracy=sum(rewards) / len(rewards),
         entropy=entropy, tokens=tokens,
     )  # fmt: skip
 
@@ -460,12 +460,15 @@ def update(
     model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str, scaler=None,
     compute=Compute(),
 ) -> dict:  # fmt: skip
-    """`epochs` passes over the samples, `batch_size` to an update; returns metrics averaged over
-    its updates."""
+    """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
+    per update (loss, gradient norm) and per trained token (the rest).
+
+    shuffle: the seed of their order.
+    """
     totals = Counter()  # whose update() adds
     for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
-        # Without signal a sample has gradient 0: it counts in 2G, and needs no forward pass. If
-        # none has signal, there is no gradient, and only the schedule moves.
+        # Without signal a sample has gradient 0: it counts in the mean, but needs no forward pass.
+        # If none has signal, there is no gradient, and only the schedule moves.
         with_signal = [s for s in minibatch if any(s.advantages)]
         loss_sum = 0.0
         for micro in common.micro_batches(with_signal, compute.training_tokens):
@@ -498,9 +501,9 @@ def show_answer(credit: Credit, tokenizer, colour: bool, width: int) -> str:
     common.show."""
     if not credit.resets:
         return "no failure was reset"
-    signal = [has_signal(group) for group in credit.reset]
+    signal = [has_signal(group) for group in credit.suffixes]
     i = signal.index(True) if any(signal) else 0
-    reset, samples = credit.resets[i], credit.reset[i]
+    reset, samples = credit.resets[i], credit.suffixes[i]
     seed, back_to = reset.seed, reset.starts[reset.named - 1]
     failed = Rollout([], seed.ids, True)  # only its ids and its reward, 0, are shown
     title, notes = common.answer_notes(reset.problem, failed, tokenizer)
@@ -530,7 +533,7 @@ def locate_counts(resets: list[Reset]) -> dict:
 def step_counts(credit: Credit) -> Counter:
     """What a round adds to the run's counts."""
     counts = Counter(locate_counts(credit.resets))
-    for kind, groups in (("base", credit.base), ("reset", credit.reset)):
+    for kind, groups in (("base", credit.base), ("reset", credit.suffixes)):
         counts[f"{kind}_groups"] = len(groups)
         counts[f"no_signal_{kind}"] = sum(not has_signal(group) for group in groups)
     for kind, count in credit.tokens.items():
@@ -611,7 +614,7 @@ def main() -> None:
         common.say(f"localiser: {pick_localiser(cfg, tokenizer)}")
     progress = common.begin(setup, trainer, counts={})
     for step, bar in common.training_steps(setup, trainer, progress):
-        # 1. Sample answers until each problem has its base group, and its failed seeds if it can.
+        # 1. Sample answers until each problem has its base group, and its seeds if any has failed.
         began = time.time()
         problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
         states = [common.initial_state(tokenizer, p, setup.instruction) for p in problems]
@@ -641,9 +644,9 @@ def main() -> None:
         if common.is_shown(run, step):
             common.show(setup.folder, step, partial(show_answer, credit, tokenizer))
     totals = progress["counts"]
-    found = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
+    results = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
     remark = describe_counts(totals, pick_localiser(cfg, tokenizer))
-    common.finish_run(setup, progress, found, remark)
+    common.finish_run(setup, progress, results, remark)
 
 
 if __name__ == "__main__":

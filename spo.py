@@ -7,14 +7,15 @@ Carlo, and credit a segment with the value it added (Eq. 2):
     A_k = V(state at the end of segment k) - V(state at its start),    V(end of answer) = reward
 
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
-common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
-`sample`), `score` (with `token_logprobs`), `minibatches`, `clipped_surrogate` and `k3`.
---steps counts rounds; a round (`step`) samples once and makes one update (optimiser step) or more.
+common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (`sample`),
+`score` (`token_logprobs`), `minibatches`, `clipped_surrogate`, `k3` and `optimizer_step`.
+--steps counts rounds; a round (`step`) samples, then makes updates (optimiser steps).
 
-A value changes only where the policy could have gone on otherwise, so a chain is cut before
-unlikely tokens (cutpoints). A segment's first token is its boundary, or start. In both variants the
-mask trains unlikely tokens only, those below the same threshold: with a cut at every cutpoint, the
-first token of each segment. In the drawings " / " is a line break.
+A value changes only where the policy could have gone on otherwise, so an answer is cut before
+unlikely tokens (cutpoints: their probability is below --threshold). A segment's first token is its
+boundary, or start. All its tokens get its A, but in both variants the loss trains cutpoints only
+(the mask M_t): with a cut at every cutpoint, the first token of each segment. In the drawings " / "
+is a line break.
 
     chain: V of each cut (marked |) is the mean reward of N fresh continuations from there
 
@@ -39,25 +40,25 @@ first token of each segment. In the drawings " / " is a line break.
 
 with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
 elsewhere; Z is the sum of M_t. The KL is k3(log pi_initial - log pi), summed over a sample's tokens
-with M_t = 1, mean over samples, as in the paper. GRPO, here without a KL and with the mean over all
-tokens of an update, is the case of one segment, V = its group's mean reward, and M_t = 1.
+with M_t = 1, mean over samples, as in the paper. With one segment an answer, V = the mean reward of
+its group, M_t = 1 and no KL, L is GRPO's, without its std and averaged over an update's tokens.
 
-The built-in task is running sums, a step a line, for a small policy that has learned some
+The built-in task is running sums, an operation a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
 
 Departures from the paper, and choices where paper and released code disagree:
  1. Advantages are used as they are. The authors' code whitens them per micro-batch, which can flip
     signs.
  2. Z is the sum over the whole update, so micro-batches do not change the gradient (in the authors'
-    code it is per micro-batch). Answers of a chain whose advantages are all 0 count in Z; nodes of
-    a tree with A = 0 do not, for they are no samples, as in paper and authors' code.
+    code it is per micro-batch). Chain: answers whose advantages are all 0 count in Z. Tree: nodes
+    with A = 0 do not, for they are no samples, as in paper and authors' code.
  3. The end token is trained, for a policy from scratch must learn to stop; the authors' code masks
     it. An answer that its budget has truncated has no end token.
  4. Prefixes are cut on token ids, never decoded and tokenised again.
  5. No top-p: the policy that is scored is exactly the one that sampled. On the built-in task the KL
     is off.
- 6. Two answers per problem by default, so that --partition trajectory makes GRPO of the same
-    answers. SPO itself needs no groups: V replaces the group's mean as baseline.
+ 6. Two answers per problem by default, so that GRPO (--partition trajectory --mask False) has a
+    group. SPO itself needs none: V replaces the group's mean as baseline.
  7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
     the paper's (LARGE).
  8. Without replay a round trains all nodes with A != 0. With it, at most replay_nodes of a problem
@@ -66,7 +67,7 @@ Departures from the paper, and choices where paper and released code disagree:
 
     python spo.py                   61 s on two cores, held-out accuracy 0.22 -> 0.88
     python spo.py --variant tree    75 s, 0.22 -> 0.90
-    python spo.py --partition trajectory --prompts 8 --group_size 8 --mask False     GRPO, no std
+    python spo.py --partition trajectory --mask False     GRPO of the same problems, no std
 """
 
 import copy
@@ -108,12 +109,12 @@ class Config:
     )
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     level_weights: bool = arg(
-        False, "tree: all levels weigh alike; off, as in the paper, all nodes do"
+        False, "tree: each level of nodes weighs alike; off, as in the paper, each node does"
     )
     replay_age: int = arg(
         0,
-        "tree: train nodes of the last so many rounds, this one included; 1 only caps a round's "
-        "own, 0 does not: no replay",
+        "tree: nodes may train for this many rounds, their own included; 0: no replay, no caps; "
+        "1: caps only",
         low=0,
     )
     replay_nodes: int = arg(
@@ -145,7 +146,7 @@ class Config:
         if self.partition == "trajectory" and self.group_size == 1:
             raise BadInput("--partition trajectory: needs a group, so --group_size 2 or more")
         tree, answer_count = self.variant == "tree", self.prompts * self.group_size
-        # A chain's updates are all of one size; of trees it is not known how many nodes will train.
+        # Chain: updates are all of one size. Tree: it is not known how many nodes will train.
         if not tree and self.batch_size and answer_count % min(self.batch_size, answer_count):
             wrong = f"--batch_size {self.batch_size}"
             raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
@@ -161,7 +162,8 @@ TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
-# And for a given --model on given --data (not the built-in task): the paper's, for about 1B.
+# And for a given --model on given --data (not the built-in task): the paper's for a chain of about
+# 1B; its tree is 6-6-6 with one epoch. common.LARGE has the rest, the longest answer too.
 LARGE = dict(
     interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], group_size=1,
     batch_size=0, epochs=2, lr=1e-6, kl_coef=1e-4, temperature=0.6,
@@ -236,9 +238,9 @@ def tree_advantages(parents: list[int], rewards: list[float], scale: bool = Fals
 
 
 def node_weights(parents: list[int]) -> list[float]:
-    """Weights with which each level of a round's trees weighs as much as any other: n nodes on m
-    levels, k of them on a node's own, give it n / (m k), on average 1 (--level_weights; ours). In
-    the paper all nodes weigh alike, so the last level, which has most of them, outweighs the rest.
+    """Weights that sum to the same on each level of a round's trees (--level_weights; ours):
+    n / (m k) for n nodes (A = 0 too) on m levels, k on this one; mean 1. In the paper all are 1, so
+    the last level, which has most nodes, outweighs the rest. Nodes are balanced, not tokens.
 
     parents: as for `tree_advantages`. A root, which is on no level, weighs 0.
 
@@ -322,7 +324,7 @@ def boundaries(s: Sample, model, tokenizer, cfg: Config) -> list[int]:
     if cfg.partition == "fixed":
         return list(range(0, len(s.ids), cfg.segment_tokens))
     if cfg.partition == "newline":
-        stops = common.eos_ids(model, tokenizer)
+        stops = common.eos_ids(model, tokenizer)  # an end token begins no segment
         return common.step_starts(s.ids, tokenizer, "\n", max_steps=len(s.ids), stops=stops)
     return [0]
 
@@ -344,7 +346,7 @@ def assign_credit(
         for s, true_answer, starts in zip(samples, true_answers, all_starts):
             states += [(s.context, s.ids[:t], true_answer) for t in starts]
         values, tokens = estimate_values(model, tokenizer, states, cfg, generator, compute)
-    credited, used = [], 0  # how many values are used; they are one per boundary, in order
+    credited, used = [], 0  # used: how many of `values`, which has one per boundary, in order
     for i, (s, r, starts) in enumerate(zip(samples, rollouts, all_starts)):
         own = values[used : used + len(starts)]
         used += len(starts)
@@ -405,7 +407,7 @@ def credit_trees(model, tree: Tree, cfg: Config, compute=Compute()) -> Credit:
     for i, (node, advantage) in enumerate(zip(tree.nodes, advantages)):
         root, *path = tree.path(i)
         if advantage:  # `score` below fills in the old log-probs
-            # A weight of the advantage is one of the loss, which is linear in it, clip and all.
+            # A weight on the advantage is one on the loss: it is above 0, so min() scales with it.
             samples.append(Sample(node.prompt, node.ids, [advantage * weights[i]] * len(node.ids)))
             owners.append(root)
         if i not in inner:  # a leaf: an answer
@@ -462,10 +464,11 @@ def update(
     model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str, reference=None,
     scaler=None, compute=Compute(),
 ) -> dict:  # fmt: skip
-    """`epochs` passes over the samples, `batch_size` to an update; returns metrics averaged over
-    its updates.
+    """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
+    per update (loss, gradient norm) and per trained token (the rest).
 
-    reference: the initial policy, for the KL; None where there is none.
+    shuffle: the seed of their order. reference: the initial policy, for the KL; None where there
+    is none.
     """
     totals = Counter()  # whose update() adds
     for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
@@ -702,6 +705,7 @@ def main() -> None:
     generator = trainer.generator
     reference = reference_policy(setup) if cfg.kl_coef else None
     wrong_facts = common.wrong_facts(run.seed) if setup.train[0].checkable else None
+    # Kept in checkpoints: the counts of `count_hits`, and the nodes that wait for replay.
     progress = common.begin(setup, trainer, failures=0, hits=0, chance=0.0, waiting=[])
     for step, bar in common.training_steps(setup, trainer, progress):
         # 1. Sample answers, or trees, from problems.
@@ -738,6 +742,9 @@ def main() -> None:
                 model, optimizer, schedule, samples, cfg, shuffle, reference=reference,
                 scaler=trainer.scaler, compute=compute,
             )  # fmt: skip
+        # Of trees only nodes with A != 0 train, which can make fewer updates; the rate falls alike.
+        while cfg.warmup_updates <= schedule.last_epoch < (step + 1) * updates:
+            schedule.step()
 
         # 4. Log.
         if cfg.replay_age:  # only now: what a failed update saves is the state before it

@@ -187,7 +187,7 @@ def install(script) -> None:
                 close(row[key], value, f"step {step + 1}: {key}", 1e-4)
         assert set(row) == set(expected), set(row) ^ set(expected)
         assert progress["sampled_tokens"] == state["tokens"] and progress["step"] == step
-        close(schedule.get_last_lr()[0], learning_rate(script), "lr")
+        close(schedule.get_last_lr()[0], learning_rate(script, step), "lr")
         dtype = common.DTYPES[setup.run.dtype]
         assert {*seen["dtypes"]} == {dtype}, "sampling, scoring and updates differ in dtype"
         seen.clear()
@@ -233,23 +233,25 @@ def whole_answers(script) -> list:
     return seen["complete"][0][2]
 
 
-def learning_rate(script) -> float:
-    cfg, done = state["setup"].cfg, state["updates"]
-    rate = cfg.lr * min(1.0, done / cfg.warmup_updates)
-    if done > cfg.warmup_updates:
-        answers = cfg.prompts * (cfg.rollouts if script.__name__ == "reset_po" else cfg.group_size)
-        if getattr(cfg, "variant", "") == "tree":  # as if all nodes of full trees were trained
-            answers = width = cfg.prompts
-            for children in cfg.branching:
-                width *= children
-                answers += width
-            answers -= cfg.prompts
-            if cfg.replay_age and answers > cfg.replay_total:
-                answers = cfg.replay_total
-        updates = cfg.epochs * math.ceil(answers / cfg.batch_size) if cfg.batch_size else cfg.epochs
-        total = cfg.steps * updates
-        rate = cfg.lr * (total - done) / (total - cfg.warmup_updates)
-    return rate
+def learning_rate(script, step: int) -> float:
+    """After a round. A round of trees counts as if all nodes of full trees had been trained, but
+    during the warm-up, which counts updates."""
+    cfg = state["setup"].cfg
+    answers = cfg.prompts * (cfg.rollouts if script.__name__ == "reset_po" else cfg.group_size)
+    if getattr(cfg, "variant", "") == "tree":
+        answers, width = 0, cfg.prompts
+        for children in cfg.branching:
+            width *= children
+            answers += width
+        if cfg.replay_age and answers > cfg.replay_total:
+            answers = cfg.replay_total
+    updates = cfg.epochs * math.ceil(answers / cfg.batch_size) if cfg.batch_size else cfg.epochs
+    total = cfg.steps * updates
+    done = state["scheduled"] = state.get("scheduled", 0) + len(seen["steps"])
+    if done >= cfg.warmup_updates:
+        done = state["scheduled"] = (step + 1) * updates
+        return cfg.lr * (total - done) / (total - cfg.warmup_updates)
+    return cfg.lr * done / cfg.warmup_updates
 
 
 # ------------------------------------------------------------------------------ the values again

@@ -198,7 +198,7 @@ def test_no_float64_on_a_device_that_has_none(script, monkeypatch):
             cfg = module.Config(prompts=4, clip_eps=0.2, max_new_tokens=8)
             drawn, plans = module.draw_answers(model, tokenizer, states, cfg, generator)
             credit = module.assign_credit(model, tokenizer, problems, drawn, plans, cfg, generator)
-            samples = [s for group in credit.base + credit.reset for s in group]
+            samples = [s for group in credit.base + credit.suffixes for s in group]
             module.update(model, optimizer, schedule, samples, cfg, "0")
         else:
             tree = "tree" in script

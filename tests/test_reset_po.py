@@ -521,7 +521,7 @@ def test_nothing_the_policy_is_shown_in_a_step_holds_the_reference_answer(monkey
         critique = [text for text in seen[before:] if "Step 1:" in text]
         assert len(critique) == (3 if localiser == "prompt" else 0)
         assert (credit.tokens["localiser"] > 0) == (localiser == "prompt")
-        for group in credit.base + credit.reset:  # and no critique is trained on
+        for group in credit.base + credit.suffixes:  # and no critique is trained on
             for s in group:
                 assert "Step 1:" not in tokenizer.decode([*s.context, *s.ids])
     assert not any("REFERENCE" in text or "987654" in text for text in seen)
@@ -687,7 +687,7 @@ def test_advantages_stay_in_their_group(model, monkeypatch):
     rewards = [[1.0, 0.0, 0.0, 0.0], [1.0] * 8, [0.0] * 4]
     drawn, plans, credit = settled(model, monkeypatch, rewards, cfg)
     assert [len(group) for group in credit.base] == [4, 8, 4]
-    assert [len(group) for group in credit.reset] == [4, 4]
+    assert [len(group) for group in credit.suffixes] == [4, 4]
     std = math.sqrt(3) / 4
     wanted = [[0.75 / std, *[-0.25 / std] * 3], [0.0] * 8, [0.0] * 4]
     entropies = []
@@ -699,7 +699,7 @@ def test_advantages_stay_in_their_group(model, monkeypatch):
             logits = model(torch.tensor([[*PROMPT, *r.ids]])).logits[0, 1:-1] / 0.8
             entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
     assert credit.entropy == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
-    for reset, group, (i, seed) in zip(credit.resets, credit.reset, [(0, 1), (2, 0)]):
+    for reset, group, (i, seed) in zip(credit.resets, credit.suffixes, [(0, 1), (2, 0)]):
         failed = drawn[i][seed].ids
         assert reset.seed.ids == failed and drawn[i][seed].reward == 0
         probs = log_prob(model, failed, 0.8)
@@ -714,7 +714,7 @@ def test_advantages_stay_in_their_group(model, monkeypatch):
             assert s.advantages == pytest.approx([a] * len(s.ids), abs=1e-6)
             assert s.old_logprobs is None  # no ratio, so nothing to score
     total = sum(len(r.ids) for rollouts in drawn for r in rollouts)
-    suffixes = sum(len(s.ids) for group in credit.reset for s in group)
+    suffixes = sum(len(s.ids) for group in credit.suffixes for s in group)
     assert credit.tokens == dict(base=total, seed=0, localiser=0, reset=suffixes)
 
 
@@ -731,7 +731,7 @@ def test_the_papers_seed_is_not_trained_on_and_its_cost_is_counted(model, monkey
 def test_without_a_fresh_group_only_resets_are_trained_on(model, monkeypatch):
     cfg = config((0, 2, 2), localiser="surprise", max_new_tokens=HORIZON)
     drawn, plans, credit = settled(model, monkeypatch, [[0.0, 1.0, 0.0]], cfg)
-    assert credit.base == [] and [len(group) for group in credit.reset] == [2, 2]
+    assert credit.base == [] and [len(group) for group in credit.suffixes] == [2, 2]
     assert [r.seed.ids for r in credit.resets] == [drawn[0][0].ids, drawn[0][2].ids]
     assert credit.tokens["seed"] == sum(len(r.ids) for r in drawn[0])
 
@@ -740,7 +740,7 @@ def test_with_the_clip_the_suffixes_are_scored(model, monkeypatch):
     sizes = dict(max_new_tokens=HORIZON, clip_eps=0.2, temperature=0.8)
     cfg = config((2, 2, 1), localiser="surprise", **sizes)
     _, _, credit = settled(model, monkeypatch, [[1.0, 0.0]], cfg)
-    (group,), (reset,) = credit.reset, credit.resets
+    (group,), (reset,) = credit.suffixes, credit.resets
     for s in group:
         kept = reset.seed.ids[: reset.named - 1]
         whole = log_prob(model, [*kept, *s.ids], 0.8).tolist()
@@ -907,7 +907,7 @@ def test_credit_and_update_together_raise_the_exact_expected_reward(model, monke
         states = [(PROMPT, [], "")] * len(problems)
         drawn, plans = reset_po.draw_answers(model, None, states, cfg, generator)
         credit = reset_po.assign_credit(model, None, problems, drawn, plans, cfg, generator)
-        samples = [s for group in credit.base + credit.reset for s in group]
+        samples = [s for group in credit.base + credit.suffixes for s in group]
         assert len(samples) == 64
         assert sum(credit.tokens.values()) >= sum(len(s.ids) for s in samples)
         reset_po.update(model, optimizer, schedule, samples, cfg, str(step))
