@@ -955,7 +955,7 @@ def test_counts_of_a_step_and_their_shares_by_hand():
         "without signal: 50% of base groups, 100% of reset groups\n"
         "tokens: 1,234 in base groups, 5 in answers outside of them, 6 to localise, 7 after resets\n"
     )
-    idle = reset_po.step_counts(credit._replace(base=base[:1], reset=[], resets=[]))
+    idle = reset_po.step_counts(credit._replace(base=base[:1], suffixes=[], resets=[]))
     assert reset_po.rates(idle) == dict(
         hit="", at_or_before="", hit_chance="", at_or_before_chance="",
         no_signal_base=1.0, no_signal_reset="",
