@@ -88,8 +88,12 @@ SPO_ROWS = [
     Row("GRPO + mask", GRPO, "64 x 2"),
     Row("SPO-chain", "", "64 x 2", "GRPO + mask", "a value for each segment"),
 ]
+LONGER = Row(  # about as many tokens as the chain samples
+    "GRPO + mask, 160 rounds", f"{GRPO} --steps 160", "64 x 2", "SPO-chain",
+    "values' tokens spent on rounds",
+)  # fmt: skip
 TABLES = dict(
-    spo=Table("SPO-chain beside GRPO", "spo", "", SPO_ROWS, ("trained",)),
+    spo=Table("SPO-chain beside GRPO", "spo", "", [*SPO_ROWS, LONGER], ("trained",)),
     mask=Table(
         "Without the mask",
         "spo",
@@ -101,19 +105,12 @@ TABLES = dict(
         ],
         ("trained",),
     ),
-    tokens=Table(
-        "As many tokens, and other values",
+    values=Table(
+        "Other problems, values and cuts",
         "spo",
         "",
         [
-            *SPO_ROWS,
-            Row(
-                "GRPO + mask, longer",
-                f"{GRPO} --steps 180",
-                "64 x 2",
-                "SPO-chain",
-                "rounds for the tokens of values",
-            ),
+            SPO_ROWS[1]._replace(beside="", difference=""),
             Row(
                 "SPO-chain, 128 x 1",
                 "--prompts 128 --group_size 1",
@@ -361,6 +358,23 @@ def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
     return lines
 
 
+def lead(names: list[str], kept: dict[str, Run]) -> str:
+    """In words, what each row of the front page shows beside its neighbour."""
+    said = []
+    for name in names:
+        _, results = results_of(name, kept)
+        for row in TABLES[name].rows:
+            if row.beside:
+                values = differences(row, results)
+                mine, theirs = (
+                    statistics.mean(run.tokens for run in results[which])
+                    for which in (row.name, row.beside)
+                )
+                what = f"**{row.name} {verdict(values)} {row.beside}**, {signed(values)}"
+                said.append(f"{what}, for {mine / theirs:.1f} times the tokens.")
+    return "\n".join(said)
+
+
 def long_table(name: str, kept: dict[str, Run]) -> list[str]:
     """All there is to say of a table: rates, ranges over seeds, a sentence a row, and commands."""
     table = TABLES[name]
@@ -418,7 +432,8 @@ def front_page(readme: str, kept: dict[str, Run]) -> str:
         return readme
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return before + "\n".join([BEGIN, *short_table(names, kept), END]) + after
+    block = [BEGIN, lead(names, kept), "", *short_table(names, kept), END]
+    return before + "\n".join(block) + after
 
 
 def tables_page(kept: dict[str, Run]) -> str:

@@ -111,7 +111,7 @@ def test_every_method_has_to_say_something():
 
 
 def written(path: Path, rows=pictures.CHOSEN) -> Path:
-    lines = ["table,row,seed,rounds,tokens,seconds,held_out", "mpo,GRPO,0,0,0,0,0.9"]
+    lines = ["table,row,seed,rounds,tokens,seconds,held_out", "mpo,GRPO + mask,0,0,0,0,0.9"]
     for n, row in enumerate(rows):
         name = f'"{row}"' if "," in row else row
         for seed in range(3):
@@ -127,10 +127,10 @@ def written(path: Path, rows=pictures.CHOSEN) -> Path:
 def test_curves_are_means_with_an_interval_of_95_percent(tmp_path):
     path = tmp_path / "curves.csv"
     path.write_text("table,row,seed,rounds,tokens,seconds,held_out\n"
-                    "spo,GRPO,0,20,100,1,0.5\nspo,GRPO,1,20,300,1,0.7\nspo,GRPO,0,0,0,0,0.25\n"
-                    "spo,GRPO,0,40,200,2,\nmpo,GRPO,0,20,100,1,0.9\n")  # fmt: skip
+                    "spo,GRPO + mask,0,20,100,1,0.5\nspo,GRPO + mask,1,20,300,1,0.7\nspo,GRPO + mask,0,0,0,0,0.25\n"
+                    "spo,GRPO + mask,0,40,200,2,\nmpo,GRPO + mask,0,20,100,1,0.9\n")  # fmt: skip
     [curve] = pictures.read_curves(path, "tokens")
-    assert (curve.label, curve.xs, curve.means) == ("GRPO", [0, 200], [0.25, 0.6])
+    assert (curve.label, curve.xs, curve.means) == ("GRPO + mask", [0, 200], [0.25, 0.6])
     assert curve.errors[0] == 0  # of one seed nothing is known
     assert curve.errors[1] == pytest.approx(12.71 * 0.1, rel=1e-6)  # t of one degree of freedom
     assert pictures.read_curves(path, "rounds")[0].xs == [0, 20]

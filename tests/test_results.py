@@ -30,7 +30,8 @@ def table(monkeypatch):
     kept = {}
     for row, lr, seed in product(rows, results.RATES, results.RATE_SEEDS + results.SEEDS):
         told = results.command(results.TABLES["t"], row, lr, seed)
-        kept[told] = a_run(row.name, lr, seed, after(row.name, lr, seed), told)
+        tokens = 1_234_567 * (1 if row.name == "a" else 2)
+        kept[told] = a_run(row.name, lr, seed, after(row.name, lr, seed), told, tokens=tokens)
     return kept
 
 
@@ -115,7 +116,8 @@ def half_of(row, table) -> float:
 def test_a_table_that_lacks_a_run_is_left_out(table):
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     made = results.front_page(page, table)
-    assert made.startswith(f"before\n{results.BEGIN}\n| ") and "old" not in made
+    said = "**b, c is ahead of a**, +0.105 [+0.101, +0.109], for 2.0 times the tokens."
+    assert made.startswith(f"before\n{results.BEGIN}\n{said}\n\n| ") and "old" not in made
     assert made.endswith(f" |\n{results.END}\nafter\n")
     assert results.front_page(made, table) == made
     lines = results.curves_file(table).splitlines()

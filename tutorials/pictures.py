@@ -371,7 +371,7 @@ def draw_differences(axis) -> None:
 
 # ----------------------------------------------------------------------------------------- curves
 
-CHOSEN = ("GRPO", "GRPO + mask", "SPO-chain", "SPO-tree, 2-2-2")
+CHOSEN = ("GRPO + mask", "SPO-chain", "GRPO + mask, 160 rounds")
 # Student's t of 95 %, by degrees of freedom from 1 on; beyond ten seeds the last one is too wide.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
