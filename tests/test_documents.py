@@ -112,8 +112,8 @@ def test_the_front_pages_results_stand_in_the_results():
     block = FRONT.split("<!-- results: made by tests/results.py -->")[1]
     block = block.split("<!-- end of results -->")[0]
     figures = re.findall(r"0\.\d+ ± 0\.\d+", block)
-    assert len(figures) > 20
-    assert all(figure in TEXTS["tutorials/results/README.md"] for figure in figures)
+    pages = [page.read_text("utf-8") for page in (ROOT / "tutorials" / "results").glob("*.md")]
+    assert figures and all(any(figure in page for page in pages) for figure in figures)
 
 
 def headings(text: str) -> set[str]:
