@@ -145,14 +145,13 @@ def test_every_column_that_a_script_writes_has_a_meaning_and_no_other(warm, run,
     assert done.code == 0, done.err
     folder = warm / "runs" / script
     [row] = runs.metrics(folder)
-    theirs = {"spo", "mpo", "reset_po"}
-    meant = {}
+    meant = set()
     for name, meaning in curves.COLUMNS.items():
-        before = set(re.split(r"[,:] ?| ", meaning.partition(":")[0])) & theirs
-        meant[name] = "spo, mpo, reset_po" if name == "accuracy" or not before else before
-    assert {*row, "seconds"} == {name for name, of in meant.items() if script in of}
+        named = {"spo", "mpo", "reset_po"} & {*re.split("[,: ]+", meaning.split(":")[0])}
+        meant |= {name} if script in (named or {script}) else set()
+    assert {*row, "seconds"} == meant
     left = {f"{path.name}{'/' * path.is_dir()}" for path in folder.iterdir()}
-    assert left - {".lock"} == set(curves.FILES)
+    assert left == curves.FILES.keys()
     assert {*curves.FILES, *curves.COLUMNS} <= set("\n".join(curves.meanings()).split())
 
 
