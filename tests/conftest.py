@@ -80,7 +80,7 @@ for line in sys.stdin:
         os.chdir(job["cwd"])
         os.environ.update(job["env"])
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(120)  # a hang ends
+        signal.alarm(400)  # a hang ends
         torch.seed()  # as in a fresh interpreter: no two runs share the global generator
         sys.argv = [job["script"] + ".py", *job["args"]]
         exec(job["patch"])

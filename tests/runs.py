@@ -49,7 +49,7 @@ def other_args(script) -> list[str]:
 
 def python(cwd, *args) -> Done:
     command = [sys.executable, str(ROOT / "spo.py"), *args]
-    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=600)
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -100,7 +100,7 @@ def after_rows(folder, count: int, act):
     """A `meanwhile` that waits for so many rows, and then acts on the process."""
 
     def meanwhile(pid):
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         while rows_written(folder) < count and time.time() < deadline:
             time.sleep(0.005)
         act(pid)

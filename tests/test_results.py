@@ -159,7 +159,7 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
 
     def go(*args) -> str:
         command = [sys.executable, "-c", CHILD, *args]
-        options = dict(cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+        options = dict(cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=900)
         done = subprocess.run(command, **options)
         assert done.returncode == 0, done.stderr
         return done.stderr

@@ -736,7 +736,7 @@ def other(base, server, tmp_path_factory, request):
     cwd = tmp_path_factory.mktemp(request.param)
     shutil.copytree(base[0] / "runs" / "warm_start", cwd / "runs" / "warm_start")
     command = [sys.executable, str(ROOT / f"{request.param}.py"), *other_args(request.param)]
-    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=120, text=True)
+    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, timeout=600, text=True)
     assert done.returncode == 0, done.stderr
     return request.param, cwd, done.stdout, done.stderr
 

@@ -250,7 +250,7 @@ def python(folder, *words, processes=1) -> subprocess.CompletedProcess:
     """`python *words` in `folder`, or the same under torchrun."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
     command = [sys.executable, *(launcher if processes == 2 else ()), *map(str, words)]
-    options = dict(env={**os.environ, **QUIET}, cwd=folder, timeout=300)
+    options = dict(env={**os.environ, **QUIET}, cwd=folder, timeout=900)
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
