@@ -1503,6 +1503,12 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
             f"{title}\n{run.data}: {len(train):,} problems, {len(test):,} held out; "
             f"on {device} in {str(dtype)[6:]}; files in {folder}/"
         )
+    if train[0].checkable and not (run.model or run.resume or run.eval_only):
+        say(
+            f"First it imitates a student who has {WRONG_FACTS:.0%} of the single-digit facts "
+            "wrong: the warm start.\nThen it learns from final answers alone. Does credit find the "
+            "wrong step?"
+        )
     # What is to go on here is opened by its owner; a given model that is no good leaves no trace.
     lock = claim(folder) if run.resume else None
     if run.resume or (run.eval_only and not run.model):
@@ -1765,7 +1771,9 @@ def finish_run(setup: Setup, progress: dict, facts: dict = {}, remark: str = "")
     tokens, seconds = progress["sampled_tokens"] / 1e6, progress["seconds"]
     say(
         f"before: {describe(before)}\nafter:  {describe(after)}\n{remark}"
-        f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {setup.folder}/"
+        f"{tokens:.2f} M tokens sampled, {seconds:.0f} s of training; files in {setup.folder}/\n"
+        f"held-out accuracy {before['accuracy']:.2f} -> {after['accuracy']:.2f}; "
+        f"its curves: python tutorials/curves.py {setup.folder}"
     )
     (setup.folder / "summary.tmp").write_text(json.dumps(summary, indent=2) + "\n")
     (setup.folder / "summary.tmp").rename(setup.folder / "summary.json")

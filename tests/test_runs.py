@@ -116,6 +116,17 @@ def test_eval_only_repeats_the_final_evaluation_and_writes_nothing(base, run, po
     assert float(after[2]) == pytest.approx(accuracy, abs=6e-4)
 
 
+def test_a_run_says_what_is_to_come_what_was_gained_and_what_to_type_next(base, warm, run):
+    facts, text = summary(base[0] / "runs" / "spo"), base[1].out
+    gained = f"{facts['accuracy_before']:.2f} -> {facts['accuracy_after']:.2f}"
+    last = f"held-out accuracy {gained}; its curves: python tutorials/curves.py runs/spo\n"
+    assert text.endswith(last) and facts["accuracy_before"] != facts["accuracy_after"]
+    story = "First it imitates a student who has 35% of the single-digit facts wrong"
+    assert text.index(story) < text.index("before:")
+    (start,) = (warm / "runs" / "warm_start").iterdir()
+    assert story not in run(*SHORT, *given(start)).out  # it does not
+
+
 def test_evaluating_along_the_way_does_not_change_the_training(base, warm, run):
     assert run(*BASE, "--eval_every", "0").code == 0
     assert weights(warm / "runs" / "spo") == weights(base[0] / "runs" / "spo")
