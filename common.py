@@ -460,8 +460,8 @@ def token_logprobs(
     time; they and their log-softmax are fp32 whatever the autocast dtype. with_entropy: returns a
     pair, the second being the policy's entropy at each trained id in nats, (B, T).
     """
-    # transformers recomputes layers that are in training mode. Only the layer's own flag is set;
-    # its submodules stay in eval mode, so there is no dropout.
+    # Gradient checkpointing: transformers recomputes layers in training mode. Only the layer's own
+    # flag is set; its submodules stay in eval mode, so there is no dropout.
     layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
 
     def recompute(on: bool) -> None:
@@ -608,17 +608,17 @@ def optimizer_step(
     """
     scaler = scaler or loss_scaler(torch.device("cpu"), torch.float32)  # an idle one
     some = any(p.grad is not None for p in model.parameters())
-    if some:  # a scaler cannot do without; nothing had a signal
+    if some:  # not so if no sample had signal; a scaler needs a gradient
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    overflow = scaler.is_enabled() and scaler.get_scale() > 1
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1  # excused: the scale can fall
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
     if some:
         scaler.step(optimizer)
         scaler.update()
     else:
-        optimizer.step()
+        optimizer.step()  # changes nothing, but the schedule would warn without it
     optimizer.zero_grad()
     if math.isfinite(norm):
         schedule.step()

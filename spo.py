@@ -14,7 +14,7 @@ common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `com
 A value changes only where the policy could have gone on otherwise, so an answer is cut before
 unlikely tokens (cutpoints: their probability is below --threshold). A segment's first token is its
 boundary, or start. All its tokens get its A, but in both variants the loss trains cutpoints only
-(the mask M_t): with a cut at every cutpoint, the first token of each segment. In the drawings " / "
+(the mask M_t). In a chain cut at each, these are the segments' first tokens. In the drawings " / "
 is a line break.
 
     chain: V of each cut (marked |) is the mean reward of N fresh continuations from there
@@ -41,7 +41,7 @@ is a line break.
 with r_t = pi(y_t) / pi_old(y_t). The mask M_t is 1 where pi_old(y_t) is below a threshold and 0
 elsewhere; Z is the sum of M_t. The KL is k3(log pi_initial - log pi), summed over a sample's tokens
 with M_t = 1, mean over samples, as in the paper. With one segment an answer, V = the mean reward of
-its group, M_t = 1 and no KL, L is GRPO's, without its std and averaged over an update's tokens.
+its group, M_t = 1 and no KL, L is GRPO's without std, as a mean over all tokens of an update.
 
 The built-in task is running sums, an operation a line, for a small policy that has learned some
 single-digit facts wrong (its warm start) and has to find out which (README).
@@ -61,9 +61,9 @@ Departures from the paper, and choices where paper and released code disagree:
     group. SPO itself needs none: V replaces the group's mean as baseline.
  7. Sizes and learning rate suit the small policy of the built-in task; for other models some are
     the paper's (LARGE).
- 8. Without replay a round trains all nodes with A != 0. With it, at most replay_nodes of a problem
-    and replay_total in all; the others wait, off-policy, and are dropped when replay_age rounds
-    old. The authors' code shuffles and cuts, or repeats, to a fixed number.
+ 8. Replay is off by default (authors': age 8): a round trains all nodes with A != 0. With it, at
+    most replay_nodes of a problem and replay_total in all; the others wait, off-policy, and are
+    dropped when replay_age rounds old. The authors' code cuts, or repeats, to a fixed number.
 
     python spo.py                   61 s on two cores, held-out accuracy 0.22 -> 0.88
     python spo.py --variant tree    75 s, 0.22 -> 0.90
@@ -109,11 +109,11 @@ class Config:
     )
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     level_weights: bool = arg(
-        False, "tree: each level of nodes weighs alike; off, as in the paper, each node does"
+        False, "tree: all levels weigh alike, nodes with A = 0 counted; off, all nodes weigh 1"
     )
     replay_age: int = arg(
         0,
-        "tree: nodes may train for this many rounds, their own included; 0: no replay, no caps; "
+        "tree: a node trains in one of this many rounds, its own the first; 0: no replay, no caps; "
         "1: caps only",
         low=0,
     )
@@ -162,8 +162,8 @@ TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
-# And for a given --model on given --data (not the built-in task): the paper's for a chain of about
-# 1B; its tree is 6-6-6 with one epoch. common.LARGE has the rest, the longest answer too.
+# And for a given --model on given --data (not the built-in task): mostly the paper's for a chain of
+# about 1B, which has 8 answers a problem; its tree is 6-6-6, one epoch. common.LARGE has the rest.
 LARGE = dict(
     interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], group_size=1,
     batch_size=0, epochs=2, lr=1e-6, kl_coef=1e-4, temperature=0.6,
@@ -320,7 +320,7 @@ def cutpoints(s: Sample, cfg: Config, interval: int = 1) -> list[int]:
 def boundaries(s: Sample, model, tokenizer, cfg: Config) -> list[int]:
     """First tokens of the segments of an answer with old log-probs, by cfg.partition."""
     if cfg.partition == "cutpoint":
-        return cutpoints(s, cfg, cfg.interval)
+        return cutpoints(s, cfg, cfg.interval)  # only every interval-th
     if cfg.partition == "fixed":
         return list(range(0, len(s.ids), cfg.segment_tokens))
     if cfg.partition == "newline":
@@ -407,7 +407,7 @@ def credit_trees(model, tree: Tree, cfg: Config, compute=Compute()) -> Credit:
     for i, (node, advantage) in enumerate(zip(tree.nodes, advantages)):
         root, *path = tree.path(i)
         if advantage:  # `score` below fills in the old log-probs
-            # A weight on the advantage is one on the loss: it is above 0, so min() scales with it.
+            # Weighting the advantage weights the loss: min() scales with a factor above 0.
             samples.append(Sample(node.prompt, node.ids, [advantage * weights[i]] * len(node.ids)))
             owners.append(root)
         if i not in inner:  # a leaf: an answer
@@ -475,7 +475,7 @@ def update(
         z = trained_tokens(common.collate(minibatch), cfg).sum().item()
         # Without signal a sample has gradient 0: it counts in Z, and needs no forward pass, unless
         # there is a KL. If none has signal, only the schedule moves. (Without any sample, as after
-        # a round of trees without credit, there is no minibatch, and not even that.)
+        # a round of trees without credit, there is no minibatch: see `main`.)
         with_signal = [s for s in minibatch if reference or any(s.advantages)]
         loss_sum = 0.0
         for micro in common.micro_batches(with_signal, compute.training_tokens):
@@ -546,7 +546,7 @@ def credit_hit(starts: list[int], advantages: list[float], wrong: int) -> tuple[
 
 
 def count_hits(counts: dict, problems: list[Problem], answers: list[Answer], tokenizer) -> None:
-    """Add to the counts of `credit_hit` the answers that failed where the task knows where."""
+    """Count the failures whose first wrong token is known, and those that `credit_hit` finds."""
     for a in answers:
         wrong = common.first_wrong_token(a.rollout.ids, problems[a.owner], tokenizer)
         if not a.rollout.reward and wrong is not None:
@@ -742,7 +742,7 @@ def main() -> None:
                 model, optimizer, schedule, samples, cfg, shuffle, reference=reference,
                 scaler=trainer.scaler, compute=compute,
             )  # fmt: skip
-        # Of trees only nodes with A != 0 train, which can make fewer updates; the rate falls alike.
+        # Trees may make fewer updates. After the warm-up the rate falls as if all had been made.
         while cfg.warmup_updates <= schedule.last_epoch < (step + 1) * updates:
             schedule.step()
 
