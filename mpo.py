@@ -9,9 +9,9 @@ Read `main` at the end first, then from the top; the part "what is shown and log
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
 `sample`), `score` (with `token_logprobs`), `minibatches`, `clipped_surrogate`, `group_advantages`.
 --steps counts rounds; a round (`step`) samples, then makes updates (optimiser steps). In names,
-"block" stands for K tokens in either layout; `window_weights` serves both.
+"block" stands for K tokens in either layout (below); `window_weights` serves both.
 
-Of the token log-ratios l_t = log pi(y_t) - log pi_old(y_t) the ratio of the K tokens from t on is
+With l_t = log pi(y_t) - log pi_old(y_t), the token log-ratios, the ratio of the K from t on is
 
     R_t = exp(l_t + ... + l_{t+K-1})                   joint: the product of K ratios (Eq. 8)
     R_t = exp(beta_1 l_t + ... + beta_K l_{t+K-1})     weighted, sum beta = 1 (Eq. 9 and 11)
@@ -129,12 +129,12 @@ class Config:
             raise BadInput(f"{wrong}: must divide {answer_count} answers a round")
 
 
-# Other defaults of Config and of common.RunConfig: with --tiny.
+# --tiny sets these defaults of Config and of common.RunConfig.
 TINY = dict(
     terms=3, warm_start_steps=250, steps=40, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=20, save_every=20,
 )  # fmt: skip
-# And for a given --model on given --data (not the built-in task).
+# A --model given with --data (not the built-in task) sets these.
 LARGE = dict(lr=1e-6)
 
 
@@ -146,7 +146,7 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
 
     weights: "joint" (all 1), "uniform" (1/K), or the share p in [0, 1) of the K - 1 future tokens
     (1 - p, then p / (K - 1) each). length: only the first so many are needed. K may be larger than
-    any answer, whose one block then has the ratio of the whole (GSPO's, if uniform). For K = 1 and
+    any answer, whose block then has the ratio of the whole (GSPO's mean, if uniform). For K = 1 and
     a share, beta is [1 - p], which `window_weights` renormalises to 1. Raises ValueError for
     anything else and for K < 1.
 
@@ -185,8 +185,7 @@ def window_weights(mask: Tensor, block_size: int, weights: str | float) -> Tenso
 def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     """(B, T) index a(t) of the token whose window gives each token its ratio: the token itself, or
     the first one of its block, for a block's ratio is that of the window at its first token. Blocks
-    count from each row's first token in the mask, and anew after a gap: other callers have such
-    masks, here one begins at the first token and has no gap.
+    count from each row's first token in the mask, and anew after a gap (no mask here has one).
 
     >>> anchors(torch.ones(1, 7, dtype=torch.bool), 3, "block").tolist()
     [[0, 0, 0, 3, 3, 3, 6]]
@@ -197,7 +196,7 @@ def anchors(mask: Tensor, block_size: int, layout: str) -> Tensor:
     if layout == "window":
         return t
     outside = t.masked_fill(mask, -1).cummax(1).values  # (B, T) the last one outside the mask
-    place = (t - outside - 1).clamp(min=0)  # how many tokens of the mask stand between the two
+    place = (t - outside - 1).clamp(min=0)  # t's place in its run of mask tokens, from 0
     return t - place % block_size
 
 
@@ -309,7 +308,7 @@ def update(
 
 
 def diagnose(log_ratio, log_blocks, batch: Batch, clipped: Tensor, cfg: Config) -> dict:
-    """Sums over the tokens of the samples with a signal. kl: k3 of KL(pi_old || pi). block_clip:
+    """Sums over the tokens of samples with a signal. kl: estimates KL(pi_old || pi). block_clip:
     where the clip stops the gradient, token_clip: where it would if a token were an action. For
     both, the ratio and its square: *_ratio, *_ratio_squared."""
     _, token_clipped = common.clipped_surrogate(log_ratio, batch.advantages, cfg.clip_eps)

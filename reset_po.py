@@ -14,18 +14,18 @@ With G = 4, for each prompt x0,
 
     base  = G answers to x0; the first failed one, the seed, is cut into steps 1 ... H
     RRPO: h ~ Uniform{1 ... H}
-    SRPO: h = the first wrong step, as the policy itself (or a localiser: point 2) names it
+    SRPO: h = the first wrong step as the localiser names it (the paper asks the policy: point 2)
     reset = G continuations of x* = x0 + the seed's steps 1 ... h - 1
     A     = (r - mean) / std of the own group, exactly 0 if all are equal
     L     = -1/(2G) sum_i A_i mean_t log pi(y_i,t)    over all 2G; mean over x0
 
-    x0  14+7+5:           +-- 14+7=21 / 21+5=26 / #### 26   r = 1, A > 0   base group, trained
-                          +-- ...                                         from x0 on
+    x0  14+7+5:           +-- 14+7=21 / 21+5=26 / #### 26   r = 1, A > 0   base group,
+                          +-- ...                                         trained from x0 on
         the seed:         +-- 14+7=21 / 21+5=27 / #### 27   r = 0, A < 0
                                         |
                                         | h = 2
-    x*  14+7+5: 14+7=21 /               +-- 21+5=26 / #### 26   r = 1, A > 0   reset group, trained
-                                        +-- 21+5=27 / #### 27   r = 0, A < 0   from x* on
+    x*  14+7+5: 14+7=21 /               +-- 21+5=26 / #### 26   r = 1, A > 0   reset group,
+                                        +-- 21+5=27 / #### 27   r = 0, A < 0   trained from x* on
 
 " / " is a line break. GRPO here: no resets, but one group of 2G answers to x0, and the same L, so
 no KL, ratio or clip, and a mean over the tokens of each answer.
@@ -41,9 +41,9 @@ Departures from the paper, or from the authors' code:
     the first step that holds a token sampled below a probability (a cutpoint of SPO, arXiv
     2505.23564), `surprise` to that of the least likely token; `oracle` knows the step. Models with
     a chat template are asked, as in the paper (`prompt`), in words of our own.
- 3. If none of the G has failed, G more answers join them: one group of 2G. The paper looks for a
-    failure among 12 answers; if there is none, the first G stay and G new ones make the group with
-    them; the other tries are thrown away.
+ 3. If none of the G has failed, G more answers join them: one group of 2G. The authors' code looks
+    for a failure among 12 answers; if there is none, it keeps the first G, draws G new ones, and
+    throws the other tries away.
  4. Steps are lines, cut on token ids; the paper's models mark their steps with a delimiter.
  5. Sizes and learning rate, which falls to 0, suit the small policy of the built-in task; the paper
     trains LoRA. By default sampling is at temperature 1 (paper and LARGE: 0.7), always without
@@ -84,7 +84,7 @@ class Config:
         "auto", "names the step; auto: prompt where there is a chat template, else uncertain"
     )
     threshold: float = arg(
-        0.9, "uncertain: a token sampled at a lower probability (rho)", above=0, high=1
+        0.9, "uncertain: probability below which a token marks its step (rho)", above=0, high=1
     )
     localiser_tokens: int = arg(512, "prompt: longest localisation text, in tokens", low=1)
     delimiter: str = arg(r"\n", r"what ends a step; \n is a line break")
@@ -137,12 +137,12 @@ class Config:
         return self.fresh + self.resets * self.seeds
 
 
-# Other defaults of Config and of common.RunConfig: with --tiny.
+# --tiny sets these defaults of Config and of common.RunConfig.
 TINY = dict(
     terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200, eval_samples=2,
     show_every=25, save_every=25,
 )  # fmt: skip
-# And for a given --model on given --data (not the built-in task).
+# A --model given with --data (not the built-in task) sets these.
 LARGE = dict(lr=1e-6, temperature=0.7)  # the paper's rate is for LoRA: 5e-5
 
 
@@ -162,8 +162,8 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     paper: the seeds are the first failures among up to TRIES answers, and leave the base group,
            which is made up of `fresh` others. Where `fresh` is 0, this holds by either rule.
 
-    For each seed that is not found, `resets` answers drawn anew join the base group (by paper they
-    are not taken from the TRIES: after so many successes those have nothing to tell).
+    For each seed that is not found, `resets` answers drawn anew join the base group (by paper the
+    rest of the TRIES, all successes, is not used: it would add nothing to compare).
 
     >>> plan_groups([1.0, 0.0, 1.0, 0.0], Config())
     Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
@@ -179,7 +179,7 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     candidates = [i for i in range(drawn) if keep or i not in seeds]  # may stand in the base group
     missing = cfg.seeds - len(seeds)
     if missing and drawn < limit:  # look on
-        # paper: one for each missing seed at least, and in all a base group and the seeds; then it
+        # paper: what base group and seeds still lack, at least one for each missing seed; then it
         # is planned again. keep: min() makes it the rest of the `fresh`.
         needed = max(missing, cfg.fresh + cfg.seeds - drawn)
         return Plan(min(limit - drawn, needed), seeds, candidates)
@@ -226,8 +226,8 @@ def localise_uncertain(probs: list[float], starts: list[int], threshold: float) 
 
 def localise_oracle(ids: list[int], starts: list[int], problem: Problem, tokenizer) -> int:
     """The first step that is truly wrong: the oracle of the paper's Section 3 (CPI-CARO,
-    Conservative Policy Iteration with a Credit Assignment Reset Oracle). If none is, the answer was
-    truncated: then the last step."""
+    Conservative Policy Iteration with a Credit Assignment Reset Oracle). A failure with no wrong
+    step was cut short: then the last step."""
     wrong = common.first_wrong_token(ids, problem, tokenizer)
     return len(starts) if wrong is None else step_of(wrong, starts)
 
@@ -402,8 +402,8 @@ class Credit(NamedTuple):
     resets: list[Reset]  # where they come from, for metrics and display
     accuracy: float  # mean reward of the answers that `draw_answers` samples in its first pass
     entropy: float  # the policy's mean entropy over the tokens of all drawn answers, nats
-    # How many were sampled in base groups ("base"), in answers outside of them ("seed": by keep 0,
-    # for the seed is inside), in the localiser's replies ("localiser"), after resets ("reset").
+    # How many were sampled in base groups ("base"), in answers outside of them ("seed": seeds that
+    # left, unused tries), in the localiser's replies ("localiser"), after resets ("reset").
     tokens: dict[str, int]
 
     @property
@@ -463,7 +463,7 @@ def update(
     """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
     per update (loss, gradient norm) and per trained token (the rest).
 
-    shuffle: the seed of their order.
+    shuffle: the random seed of their order.
     """
     totals = Counter()  # whose update() adds
     for minibatch in common.minibatches(samples, cfg.batch_size, cfg.epochs, shuffle):
@@ -606,7 +606,7 @@ def main() -> None:
     cfg, run, compute = setup.cfg, setup.run, setup.compute
     model, tokenizer = setup.model, setup.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a round
+    updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a round (rollouts: 2G)
     schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
     trainer = common.make_trainer(setup, optimizer, schedule)
     generator = trainer.generator

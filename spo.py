@@ -157,12 +157,12 @@ class Config:
             raise BadInput(f"{only}: are for --variant tree only")
 
 
-# Other defaults of Config and of common.RunConfig: with --tiny.
+# --tiny sets these defaults of Config and of common.RunConfig.
 TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
-# And for a given --model on given --data (not the built-in task): mostly the paper's for a chain of
+# A --model given with --data (not the built-in task) sets these, mostly the paper's for a chain of
 # about 1B, which has 8 answers a problem; its tree is 6-6-6, one epoch. common.LARGE has the rest.
 LARGE = dict(
     interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], group_size=1,
