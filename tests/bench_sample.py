@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -196,7 +197,8 @@ def value_table(model, tokenizer, problems) -> None:
 
 
 def step(model, tokenizer, problems, cfg: spo.Config, generator) -> spo.Credit:
-    """One step of spo.py, which leaves the weights as they are."""
+    """One step of spo.py, in one update, which leaves the weights as they are."""
+    cfg = replace(cfg, batch_size=0)
     states = [common.initial_state(tokenizer, problem) for problem in problems]
     if cfg.variant == "tree":
         tree = spo.grow_trees(model, tokenizer, states, cfg, generator, HERE)
@@ -216,8 +218,8 @@ def step(model, tokenizer, problems, cfg: spo.Config, generator) -> spo.Credit:
 
 def reuse_table(model, tokenizer, problems) -> None:
     rows = {
-        "chain, N = 4": spo.Config(),
-        "chain, N = 9": spo.Config(continuations=9),
+        "chain, N = 4": spo.Config(continuations=4, group_size=1),
+        "chain, N = 9": spo.Config(continuations=9, group_size=1),
         "tree, 2-2-2": spo.Config(variant="tree"),
         "tree, 6-6-6": spo.Config(variant="tree", branching=[6, 6, 6]),
         "GRPO, groups of 8": spo.Config(partition="trajectory", group_size=8, mask=False),

@@ -235,13 +235,14 @@ def step_cost(trained: bool, flags: dict, memory: bool) -> tuple[float, float]:
 
 def growth_table() -> None:
     """Each size doubled twice; beside it what that multiplies, from the smallest."""
-    grpo, fixed = dict(GRPO, group_size=8), dict(partition="fixed", segment_tokens=16)
+    grpo, chain = dict(GRPO, group_size=8), dict(continuations=4, group_size=1)
+    fixed = dict(chain, partition="fixed", segment_tokens=16)
     few, lengths = dict(prompts=16), (64, 128, 256)
     rows = {
         "prompts, GRPO x 8": (True, grpo, "prompts", (32, 64, 128)),
-        "prompts, chain": (True, {}, "prompts", (32, 64, 128)),
+        "prompts, chain": (True, chain, "prompts", (32, 64, 128)),
         "group size, GRPO": (True, dict(GRPO, prompts=32), "group_size", (8, 16, 32)),
-        "N, chain": (True, {}, "continuations", (4, 8, 16)),
+        "N, chain": (True, chain, "continuations", (4, 8, 16)),
         "group size, GRPO, random": (False, dict(GRPO, **few), "group_size", (8, 16, 32)),
         "N, fixed chain, random": (False, dict(fixed, **few), "continuations", (4, 8, 16)),
         "length, GRPO x 8, random": (False, dict(grpo, **few), "max_new_tokens", lengths),

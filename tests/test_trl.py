@@ -39,7 +39,7 @@ SMALL = "--terms 3 --max_new_tokens 22 --temperature 1.3 --steps 1".split()
 SMALL += "--max_grad_norm 1e12 --warmup_updates 0".split()
 CASES = {  # name -> the adapter's command line, without the flags above
     "spo-chain": "spo-chain --prompts 12 --continuations 2",
-    "spo-chain, two updates": "spo-chain --prompts 16 --continuations 2 --batch_size 8 --lr 0.001",
+    "spo-chain, two updates": "spo-chain --prompts 8 --continuations 2 --batch_size 8 --lr 0.001",
     "spo-tree": "spo-tree --prompts 4 --branching 2 2 2 --segment_tokens 4",
     "mpo": "mpo --prompts 6 --group_size 4 --batch_size 12 --epochs 2 --lr 0.001",
     "mpo, joint blocks": "mpo --prompts 6 --group_size 4 --batch_size 12 --lr 0.001 --block_size 3 "

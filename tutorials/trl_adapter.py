@@ -25,7 +25,8 @@ drawn, so cutpoints, mask and old log-probs are its own; that vLLM's differ is n
 What differs from the scripts:
  1. --kl_coef, --replay_age, --scale_eps, --resume, --eval_only and, for trees, --batch_size are
     refused; --device, --dtype, --training_tokens, --eval_every, --show_every and --save_every do
-    nothing: see TRL's --use_cpu, --bf16, --per_device_train_batch_size, --save_strategy.
+    nothing: see TRL's --use_cpu, --bf16, --per_device_train_batch_size, --save_strategy. A step of
+    trees is one update, as with the script's --batch_size 0.
  2. A tree has fewer nodes with credit than nodes, and TRL wants as many rows in every step: empty
     ones fill it up. They change nothing, and take the time of a row. So do answers without signal.
  3. Rows are parted anew into optimiser steps by each process for itself, and --epochs repeats them
@@ -69,7 +70,11 @@ except ImportError as error:
 TESTED = "1.16.0"  # TRL's hooks move monthly, and what no longer calls them would train wrongly
 METHODS = {  # name -> script, what its command line would say, most samples that a problem gives
     "spo-chain": (spo, "--variant chain --kl_coef 0", lambda c: c.group_size),
-    "spo-tree": (spo, "--variant tree --kl_coef 0", lambda c: sum(accumulate(c.branching, mul))),
+    "spo-tree": (
+        spo,
+        "--variant tree --batch_size 0 --kl_coef 0",
+        lambda c: sum(accumulate(c.branching, mul)),
+    ),
     "mpo": (mpo, "", lambda c: c.group_size),
     "rrpo": (reset_po, "--method rrpo", lambda c: c.rollouts),
     "srpo": (reset_po, "--method srpo", lambda c: c.rollouts),
@@ -259,7 +264,7 @@ def trl_arguments(method: str, cfg, run: RunConfig, flags: list[str], processes:
         raise BadInput(f"--prompts {cfg.prompts}: must divide among {processes} processes")
     gpu = torch.cuda.is_available()
     each = METHODS[method][2](cfg)
-    updates = cfg.prompts * each // (cfg.batch_size or cfg.prompts * each)
+    updates = max(1, cfg.prompts * each // (cfg.batch_size or cfg.prompts * each))
     rows = cfg.prompts // processes * each  # of a step, on a process
     fitting = [size for size in range(1, 33) if rows % (size * updates) == 0]
     parser = common.Parser(GRPOConfig, allow_abbrev=False)

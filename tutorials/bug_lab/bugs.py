@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 # Where each bug shows: the script to run, and its flags. 0 plants nothing.
 SHOWS = {
     1: ("spo", "--training_tokens 256"),
-    2: ("spo", "--temperature 0.7"),
+    2: ("spo", "--temperature 0.7 --batch_size 0"),
     3: ("reset_po", ""),
     4: ("reset_po", "--max_new_tokens 23"),
     5: ("spo", "--max_new_tokens 20"),
