@@ -397,7 +397,8 @@ def test_defaults_are_the_scripts(method):
     rows = args.per_device_train_batch_size * args.steps_per_generation
     assert rows == cfg.prompts * adapter.METHODS[method][2](cfg)
     updates = args.steps_per_generation // args.gradient_accumulation_steps
-    assert updates == (4 if method == "mpo" else 1) and args.max_steps == cfg.steps * updates
+    assert updates == {"mpo": 4, "spo-chain": 2}.get(method, 1)
+    assert args.max_steps == cfg.steps * updates
     assert args.learning_rate == cfg.lr and args.temperature == cfg.temperature
 
 
