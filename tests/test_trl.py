@@ -382,7 +382,7 @@ def test_bad_input_is_one_line(words, wrong):
 
 def test_problems_that_do_not_divide_among_processes_are_refused():
     with pytest.raises(BadInput, match="--prompts 63: must divide among 2 processes"):
-        settings_of(["spo-chain", "--prompts", "63"], processes=2)
+        settings_of(["spo-chain", "--prompts", "63", "--batch_size", "0"], processes=2)
 
 
 def test_another_trl_is_refused(monkeypatch):
