@@ -93,7 +93,8 @@ LONGER = Row(  # about as many tokens as the chain samples
     "values' tokens spent on rounds",
 )  # fmt: skip
 TABLES = dict(
-    spo=Table("SPO-chain beside GRPO", "spo", "", [*SPO_ROWS, LONGER], ("trained",)),
+    spo=Table("SPO-chain beside GRPO", "spo", "", SPO_ROWS, ("trained",)),
+    tokens=Table("For as many tokens", "spo", "", [*SPO_ROWS, LONGER], ("trained",)),
     mask=Table(
         "Without the mask",
         "spo",
@@ -317,6 +318,37 @@ def differences(row: Row, results: dict[str, list[Run]]) -> list[float]:
     return [run.after - beside[run.seed] for run in results[row.name]]
 
 
+def accuracy_at(run: Run, axis: int, point: float) -> float:
+    """Held-out accuracy where the curve's rounds (axis 0) or tokens (1) stood at `point`, on the
+    straight line between the evaluations around it; at the end beyond it."""
+    for before, after in zip(run.curve, run.curve[1:]):
+        if before[axis] <= point < after[axis]:
+            share = (point - before[axis]) / (after[axis] - before[axis])
+            return before[3] + share * (after[3] - before[3])
+    return run.after
+
+
+def half_way(row: Row, results: dict[str, list[Run]]) -> list[float]:
+    """The differences at half of each row's rounds."""
+    beside = {run.seed: run for run in results[row.beside]}
+    pairs = [(run, beside[run.seed]) for run in results[row.name]]
+    return [
+        accuracy_at(run, 0, run.curve[-1][0] / 2) - accuracy_at(other, 0, other.curve[-1][0] / 2)
+        for run, other in pairs
+    ]
+
+
+def for_equal_tokens(row: Row, results: dict[str, list[Run]]) -> list[float]:
+    """The differences where both have sampled as many tokens as the cheaper one did in all."""
+    beside = {run.seed: run for run in results[row.beside]}
+    found = []
+    for run in results[row.name]:
+        other = beside[run.seed]
+        tokens = min(run.tokens, other.tokens)
+        found.append(accuracy_at(run, 1, tokens) - accuracy_at(other, 1, tokens))
+    return found
+
+
 def verdict(values: list[float]) -> str:
     """What the 95 % interval of differences allows to say."""
     mean, half = interval(values)
@@ -330,6 +362,18 @@ def signed(values: list[float]) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
+def higher(values: list[float]) -> str:
+    return f"higher in {sum(value > 0 for value in values)} of {len(values)} seeds"
+
+
+def also(row: Row, results: dict[str, list[Run]]) -> str:
+    early, level = half_way(row, results), for_equal_tokens(row, results)
+    return (
+        f"Half-way it {verdict(early)} it, {signed(early)}; for as many tokens it {verdict(level)} "
+        f"it, {signed(level)}"
+    )
+
+
 def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[str, list[Run]]]:
     """The rate of each row, and its runs with that rate, one a seed. Raises KeyError if one is
     missing."""
@@ -341,8 +385,8 @@ def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[
 def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
     """The front page's: what was trained on, what it took, what came, and beside what."""
     lines = [
-        "| | answers a round | tokens | held-out accuracy | differs from the row above by | effect |",
-        "|---|---|---|---|---|---|",
+        "| | answers a round | tokens | held-out accuracy | lowest | differs from above by | effect |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in names:
         _, results = results_of(name, kept)
@@ -353,7 +397,8 @@ def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
             effect = ("", "")
             if row.beside:
                 effect = row.difference, signed(differences(row, results))
-            cells = [row.name, row.answers, f"{tokens:.2f} M", f"{mean:.3f} ± {half:.3f}", *effect]
+            cells = [row.name, row.answers, f"{tokens:.2f} M", f"{mean:.3f} ± {half:.3f}"]
+            cells += [f"{min(run.after for run in runs):.3f}", *effect]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -370,8 +415,9 @@ def lead(names: list[str], kept: dict[str, Run]) -> str:
                     statistics.mean(run.tokens for run in results[which])
                     for which in (row.name, row.beside)
                 )
-                what = f"**{row.name} {verdict(values)} {row.beside}**, {signed(values)}"
-                said.append(f"{what}, for {mine / theirs:.1f} times the tokens.")
+                what = f"**{row.name} {verdict(values)} {row.beside}**: {signed(values)}"
+                said.append(f"{what}, {higher(values)}, for {mine / theirs:.1f} times the tokens.")
+                said.append(f"{also(row, results)}.")
     return "\n".join(said)
 
 
@@ -398,7 +444,7 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
         if row.beside:
             values = differences(row, results)
             said = f"**{row.name}** {verdict(values)} {row.beside} ({row.difference})"
-            lines.append(f"* {said}: {signed(values)}.")
+            lines.append(f"* {said}: {signed(values)}, {higher(values)}. {also(row, results)}.")
     lines += ["", "Accuracy at each rate on the seeds that choose it:", ""]
     lines += [f"| | {' | '.join(f'{lr:g}' for lr in RATES)} |", "|---" * (1 + len(RATES)) + "|"]
     for row in table.rows:

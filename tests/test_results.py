@@ -72,6 +72,26 @@ def test_differences_are_paired_by_seed_with_students_interval(table):
     assert below == pytest.approx(0.975, abs=5e-5) and len(results.SEEDS) == 10
 
 
+def test_rows_are_compared_half_way_and_for_equal_tokens_by_hand():
+    """On straight lines between evaluations: 0.2 at the start, 0.6 after 50 rounds, 0.8 at the end;
+    the other 0.2, 0.4, 0.5 and 0.6 after 40, 80 and 160 rounds of half the tokens each."""
+    fast = a_run("b", after=0.8)._replace(
+        tokens=1000, curve=[[0, 0, 0, 0.2], [50, 500, 1, 0.6], [100, 1000, 2, 0.8]]
+    )
+    slow = a_run("a", after=0.6)._replace(
+        tokens=800,
+        curve=[[0, 0, 0, 0.2], [40, 200, 1, 0.4], [80, 400, 2, 0.5], [160, 800, 4, 0.6]],
+    )
+    row, found = Row("b", "", "", "a", "x"), {"a": [slow], "b": [fast]}
+    assert results.accuracy_at(fast, 0, 25) == pytest.approx(0.4)
+    assert results.accuracy_at(fast, 0, 100) == results.accuracy_at(fast, 1, 2000) == 0.8
+    assert results.half_way(row, found) == pytest.approx([0.6 - 0.5])
+    # After 800 tokens: three fifths of the way from 0.6 to 0.8, and the end.
+    assert results.for_equal_tokens(row, found) == pytest.approx([0.72 - 0.6])
+    back = Row("a", "", "", "b", "x")
+    assert results.for_equal_tokens(back, found) == pytest.approx([0.6 - 0.72])
+
+
 def test_only_an_interval_without_0_makes_a_claim():
     assert results.verdict([0.1, 0.11] * 5) == "is ahead of"
     assert results.verdict([-0.1, -0.11] * 5) == "is behind"
@@ -97,7 +117,8 @@ def test_a_table_says_what_its_runs_came_to(table):
     assert b[:2] + b[4:6] == ["b, c", "0.001", f"0.495 ± {half_of('b, c', table):.3f}", "0.400"]
     assert a[6:] == ["100.0%", "1.23 M", "60", "3"]
     text = "\n".join(lines)
-    assert "* **b, c** is ahead of a (the mask): +0.105 [+0.101, +0.109]." in text
+    assert "* **b, c** is ahead of a (the mask): +0.105 [+0.101, +0.109], higher in 10 of" in text
+    assert results.higher([0.1, 0.0, -0.1, 0.2]) == "higher in 2 of 4 seeds"
     assert "| b, c | 0.700, 0.700 | 0.700, 0.700 | 0.610, 0.810 |" in text
     shown = [line.strip() for line in lines if line.startswith("    ")]
     assert shown == [
@@ -105,7 +126,8 @@ def test_a_table_says_what_its_runs_came_to(table):
         f"python spo.py {results.ALL} --lr 0.001 --seed 0",
     ]
     short = results.short_table(["t"], table)
-    assert short[2].startswith("| a | 2 x 2 | 1.23 M | 0.390 ± ") and short[2].endswith("|  |  |")
+    assert short[2].startswith("| a | 2 x 2 | 1.23 M | 0.390 ± ")
+    assert short[2].endswith(" | 0.300 |  |  |")
     assert short[3].endswith("| the mask | +0.105 [+0.101, +0.109] |")
 
 
@@ -116,7 +138,11 @@ def half_of(row, table) -> float:
 def test_a_table_that_lacks_a_run_is_left_out(table):
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     made = results.front_page(page, table)
-    said = "**b, c is ahead of a**, +0.105 [+0.101, +0.109], for 2.0 times the tokens."
+    said = "**b, c is ahead of a**: +0.105 [+0.101, +0.109], higher in 10 of 10 seeds, "
+    said += (
+        "for 2.0 times the tokens.\nHalf-way it is ahead of it, +0.105 [+0.101, +0.109]; for as "
+    )
+    said += "many tokens it is ahead of it, +0.105 [+0.101, +0.109]."
     assert made.startswith(f"before\n{results.BEGIN}\n{said}\n\n| ") and "old" not in made
     assert made.endswith(f" |\n{results.END}\nafter\n")
     assert results.front_page(made, table) == made

@@ -29,8 +29,8 @@ SECOND = (
     "tutorials/bug_lab/README.md", "tutorials/bug_lab/bugs.py", "tutorials/bug_lab/catches.py",
     "tutorials/bug_lab/lab.py", "tutorials/bug_lab/properties.py", "tutorials/helpers.py",
     "tutorials/mtp_heads.py", "tutorials/resets_theory.py", "tutorials/requirements.txt",
-    "tutorials/README.md", "README.md", "tutorials/results/README.md",
-    "tutorials/results/credit.png", "tutorials/results/flow.png",
+    "tutorials/README.md", "README.md", "tutorials/results/README.md", "tutorials/results/tables.md",
+    "tutorials/results/credit.png", "tutorials/results/curves.png", "tutorials/results/flow.png",
 )  # fmt: skip
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 RUN = ("metrics.csv", "summary.json", "samples.txt")

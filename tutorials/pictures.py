@@ -105,7 +105,7 @@ def group_rows(failure: Failure, others, model, tokenizer) -> list[Row]:
 
 
 def chain_row(failure: Failure, model, tokenizer, generator) -> Row:
-    cfg = spo.Config(max_new_tokens=LONGEST)
+    cfg = spo.Config(max_new_tokens=LONGEST, group_size=1, continuations=4)
     credit = spo.assign_credit(
         model, tokenizer, [failure.rollout], [failure.problem.answer], cfg, generator
     )
