@@ -252,6 +252,7 @@ def answers_to(desk: Desk, problems, n: int, generator) -> list[common.Rollout]:
 
 def chain_credit(desk: Desk, problems, rollouts, cfg, generator) -> spo.Credit:
     right = [problem.answer for problem in problems for _ in range(cfg.group_size)]
+    assert len(right) == len(rollouts)
     return spo.assign_credit(desk.model, desk.tokenizer, rollouts, right, cfg, generator)
 
 
@@ -549,7 +550,7 @@ def sign_rows(desk: Desk, sizes: Sizes) -> list[dict]:
     rollouts = answers_to(desk, problems, 1, generator)
 
     # Only its boundaries are used; the values come below.
-    once = spo.Config(continuations=1, max_new_tokens=desk.longest)
+    once = spo.Config(continuations=1, group_size=1, max_new_tokens=desk.longest)
     answers = chain_credit(desk, problems, rollouts, once, generator).answers
     states = [(a.rollout.prompt, a.rollout.ids[:t], problems[a.owner].answer)
               for a in answers for t in a.starts]  # fmt: skip
