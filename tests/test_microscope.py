@@ -454,3 +454,27 @@ def test_pictures_are_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="tutorials/requirements.txt is not installed")
     microscope.dots_picture(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kept_page_says_what_the_kept_tables_say(tmp_path, monkeypatch):
+    results = ROOT / "tutorials" / "results"
+    for name in ("dots_picture", "signs_picture"):
+        monkeypatch.setattr(microscope, name, lambda *_: None)
+    for path in results.glob("microscope_*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    microscope.write(tmp_path)
+    made = (tmp_path / "microscope.md").read_text("utf-8")
+    assert made == (results / "microscope.md").read_text("utf-8") and len(made) > 500
+
+
+def test_a_sentence_about_signs_is_its_rows(tmp_path):
+    def row(n, right, zero, wrong) -> dict:
+        shares = dict(right=right, zero=zero, wrong=wrong, right_low=right, right_high=right)
+        return dict(policy="late", group="all", n=n, known="9", size="0.25", **shares)
+
+    rows = [row("1", "0.26", "0.73", "0.01"), row("4", "0.5", "0.4", "0.1")]
+    rows += [row("9", "0.6", "0.4", "0"), row("16", "0.7", "0.3", "0")]
+    rows += [row("whole answer", "0.85", "0", "0.15")]
+    text = microscope.sign_text(rows)
+    said = "* late, all: N = 1 26%, 73%, 1%; N = 4 50%, 40%, 10%; whole answer 85%, 0%, 15%"
+    assert said in text and "| late | all | 9 | 0.25 | 0.26 " in text

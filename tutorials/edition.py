@@ -31,6 +31,7 @@ SECOND = (
     "tutorials/mtp_heads.py", "tutorials/resets_theory.py", "tutorials/requirements.txt",
     "tutorials/README.md", "README.md", "tutorials/results/README.md", "tutorials/results/tables.md",
     "tutorials/results/credit.png", "tutorials/results/curves.png", "tutorials/results/flow.png",
+    "tutorials/results/microscope.md", "tutorials/results/signs.png",
 )  # fmt: skip
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 RUN = ("metrics.csv", "summary.json", "samples.txt")

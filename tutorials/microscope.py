@@ -695,17 +695,21 @@ def sign_text(rows: list[dict]) -> str:
         shares = [pm(r, "right") for r in own.values()]
         first = own[str(NS[0])]
         lines.append([policy, group, first["known"], f"{float(first['size']):.2f}", *shares])
-        if group == "first third" and all(r["right"] for r in own.values()):
-            whole = float(own["whole answer"]["right"])
-            least = next((n for n in NS if float(own[str(n)]["right"]) > whole), None)
-            how = f"from N = {least} on" if least else f"not up to N = {NS[-1]}"
-            said.append(
-                f"{policy}, first third of an answer: a chain's sign is right more often than that "
-                f"of the whole answer ({whole:.0%}) {how}."
-            )
+        if group in ("all", "first third") and all(r["right"] for r in own.values()):
+            cells = []
+            for n in (NS[0], NS[1], "whole answer"):
+                right, zero, wrong = (float(own[str(n)][k]) for k in ("right", "zero", "wrong"))
+                name = f"N = {n}" if n in NS else n
+                cells.append(f"{name} {right:.0%}, {zero:.0%}, {wrong:.0%}")
+            said.append(f"* {policy}, {group}: {'; '.join(cells)}")
     head = ["policy", "segments", "known", "mean size of A", *(f"N = {n}" for n in NS)]
-    note = "Share of segments with the right sign; an estimate of 0 is not right."
-    return f"{note} {' '.join(said)}\n\n{table([*head, 'whole answer'], lines)}"
+    note = (
+        "Of the segments whose exact advantage is more than two standard errors from 0 (known), how "
+        "many estimates have the right sign; 0 is not right. Whole answer: GRPO's sign, the reward's "
+        "minus the prompt's value. Right, 0 and wrong:"
+    )
+    parts = [note, "\n".join(said), table([*head, "whole answer"], lines)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def by_group(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -798,7 +802,7 @@ def write(out: Path) -> None:
     """microscope.md and the pictures, from the rows that are there."""
     found = {part: rows for part in TEXTS if (rows := read(out, part))}
     parts = [f"## {TEXTS[part][0]}\n\n{TEXTS[part][1](rows)}" for part, rows in found.items()]
-    (out / "microscope.md").write_text("\n".join(parts))
+    (out / "microscope.md").write_text("\n".join(parts), "utf-8")
     pictures = dict(cosines=(dots_picture, "microscope.png"), signs=(signs_picture, "signs.png"))
     try:
         for part, (picture, name) in pictures.items():
