@@ -28,7 +28,7 @@ SHOWS = {
     5: ("spo", "--max_new_tokens 20"),
     6: ("mpo", ""),
     7: ("mpo", "--epochs 4 --steps 20"),
-    8: ("spo", "--kl_coef 0.5 --epochs 2"),
+    8: ("spo", "--kl_coef 0.5 --epochs 2 --lr 1e-3"),
     9: ("spo", ""),
     10: ("reset_po", ""),
 }
