@@ -369,8 +369,8 @@ def higher(values: list[float]) -> str:
 def also(row: Row, results: dict[str, list[Run]]) -> str:
     early, level = half_way(row, results), for_equal_tokens(row, results)
     return (
-        f"Half-way it {verdict(early)} it, {signed(early)}; for as many tokens it {verdict(level)} "
-        f"it, {signed(level)}"
+        f"Half-way it {verdict(early)} {row.beside}, {signed(early)}; at as many tokens it "
+        f"{verdict(level)} {row.beside}, {signed(level)}"
     )
 
 
@@ -385,7 +385,8 @@ def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[
 def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
     """The front page's: what was trained on, what it took, what came, and beside what."""
     lines = [
-        "| | answers a round | tokens | held-out accuracy | lowest | differs from above by | effect |",
+        "| | problems x answers | tokens in all | held-out accuracy | lowest seed "
+        "| differs from above by | effect |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:
