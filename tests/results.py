@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -33,15 +33,13 @@ from tqdm import tqdm  # noqa: E402
 import mpo  # noqa: E402
 import reset_po  # noqa: E402
 import spo  # noqa: E402
+from pictures import half_interval  # noqa: E402
 
 SCRIPTS = dict(spo=spo, mpo=mpo, reset_po=reset_po)
 RESULTS = ROOT / "tutorials" / "results"
 RATES = (2.5e-4, 5e-4, 1e-3)
 RATE_SEEDS, SEEDS = (100, 101), tuple(range(10))
-T_95 = 2.262  # Student's t for ten seeds: 97.5 % of the mass with 9 degrees of freedom
 ALL = "--eval_problems 250 --eval_every 50 --show_every 0"
-
-
 BEGIN, END = "<!-- results: made by tests/results.py -->", "<!-- end of results -->"
 FRONT = ("spo", "tree", "resets")  # the tables whose rows the front page shows
 MEANS = ("before", "after", "in_form", "tokens", "seconds")
@@ -308,14 +306,19 @@ def chosen_rate(name: str, row: Row, kept: dict[str, Run]) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t: t s / sqrt(n), s with n - 1."""
-    return statistics.mean(values), T_95 * statistics.stdev(values) / len(values) ** 0.5
+    """Mean, and half of its 95 % interval by Student's t."""
+    return statistics.mean(values), half_interval(values)
+
+
+def pairs(row: Row, results: dict[str, list[Run]]) -> list[tuple[Run, Run]]:
+    """Of each seed the row's run, and that of the row beside it."""
+    beside = {run.seed: run for run in results[row.beside]}
+    return [(run, beside[run.seed]) for run in results[row.name]]
 
 
 def differences(row: Row, results: dict[str, list[Run]]) -> list[float]:
     """Accuracy of the row less that of the one beside it, seed by seed."""
-    beside = {run.seed: run.after for run in results[row.beside]}
-    return [run.after - beside[run.seed] for run in results[row.name]]
+    return [run.after - other.after for run, other in pairs(row, results)]
 
 
 def accuracy_at(run: Run, axis: int, point: float) -> float:
@@ -330,20 +333,16 @@ def accuracy_at(run: Run, axis: int, point: float) -> float:
 
 def half_way(row: Row, results: dict[str, list[Run]]) -> list[float]:
     """The differences at half of each row's rounds."""
-    beside = {run.seed: run for run in results[row.beside]}
-    pairs = [(run, beside[run.seed]) for run in results[row.name]]
     return [
         accuracy_at(run, 0, run.curve[-1][0] / 2) - accuracy_at(other, 0, other.curve[-1][0] / 2)
-        for run, other in pairs
+        for run, other in pairs(row, results)
     ]
 
 
 def for_equal_tokens(row: Row, results: dict[str, list[Run]]) -> list[float]:
     """The differences where both have sampled as many tokens as the cheaper one did in all."""
-    beside = {run.seed: run for run in results[row.beside]}
     found = []
-    for run in results[row.name]:
-        other = beside[run.seed]
+    for run, other in pairs(row, results):
         tokens = min(run.tokens, other.tokens)
         found.append(accuracy_at(run, 1, tokens) - accuracy_at(other, 1, tokens))
     return found
@@ -521,7 +520,6 @@ def main() -> None:
     kept = read_kept(path)
     for name in [] if args.write else args.tables or list(TABLES):
         make_table(name, kept, path)
-        write_all(kept)
     write_all(kept)
 
 

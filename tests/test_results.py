@@ -12,6 +12,7 @@ import pytest
 import common
 import results
 from conftest import ENV, ROOT
+from pictures import T95  # beside results, which has put tutorials/ on the path
 from results import Row, Run, Table
 
 
@@ -66,9 +67,9 @@ def test_differences_are_paired_by_seed_with_students_interval(table):
     mean, half = results.interval(values)
     s = (10 * 0.005**2 / 9) ** 0.5
     assert (mean, half) == (pytest.approx(0.105), pytest.approx(2.262 * s / 10**0.5))
-    # Nine degrees of freedom: 97.5 % of the mass of Student's t lie below T_95.
+    # Nine degrees of freedom: 97.5 % of the mass of Student's t lie below it.
     density = [(1 + (x / 1000) ** 2 / 9) ** -5 for x in range(-60_000, 60_000)]
-    below = sum(density[: 60_000 + round(1000 * results.T_95)]) / sum(density)
+    below = sum(density[: 60_000 + round(1000 * T95[8])]) / sum(density)
     assert below == pytest.approx(0.975, abs=5e-5) and len(results.SEEDS) == 10
 
 

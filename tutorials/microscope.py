@@ -64,6 +64,7 @@ import common  # noqa: E402
 import curves  # noqa: E402
 import reset_po  # noqa: E402
 import spo  # noqa: E402
+from pictures import plotting  # noqa: E402
 
 
 class Sizes(NamedTuple):
@@ -147,9 +148,9 @@ class Desk(NamedTuple):
 def desk_of(name: str, sizes: Sizes) -> Desk:
     """The policy of that name: of the default task, or the warm start of a longer one's.
 
-    Half-way and late are made by a run of spo.py. Half-way is the first round at which the mean
-    accuracy of ten rounds has come half of the way; the rate is constant after its warm-up, so a
-    run of so many rounds is the longer one's beginning.
+    Late is the end of a default run of spo.py. Half-way is the end of a run of fewer rounds: as many
+    as the default run takes until the mean accuracy of ten rounds has come half of the way. (Its
+    rate falls to 0 sooner, so it is not the longer run's beginning.)
     """
     terms, rate = LENGTHS.get(name, (sizes.terms, common.ERROR_RATE))
     count = sizes.long_problems if name in LENGTHS else sizes.problems
@@ -174,7 +175,7 @@ def start_of(terms: int, steps: int):
 
 
 def trained(rounds: int, sizes: Sizes) -> Path:
-    """The folder of spo.py's default run, cut after so many rounds."""
+    """The folder of spo.py's run of so many rounds, in all else by default."""
     flags = f"--device cpu --steps {rounds} --terms {sizes.terms} --show_every 0 "
     flags += f"--warm_start_steps {sizes.warm_start_steps} --max_new_tokens {10 * sizes.terms + 10}"
     name = f"microscope-{sizes.terms}-{rounds}"
@@ -730,7 +731,7 @@ TEXTS = dict(
 
 def dots_picture(rows: list[dict], path: Path) -> None:
     """A line a method; a mark a policy, told apart by shape and fill."""
-    pyplot = plotting()
+    pyplot = plotting(13)
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = pyplot.subplots(
         1, 2, figsize=(10, 1.6 + 0.5 * len(names)), sharey=True, layout="constrained"
@@ -759,7 +760,7 @@ def dots_picture(rows: list[dict], path: Path) -> None:
 
 def signs_picture(rows: list[dict], path: Path) -> None:
     """Above: share of right signs by position, a line an N. Below: how large the exact A is."""
-    pyplot, policies = plotting(), grouped(rows, "policy")
+    pyplot, policies = plotting(13), grouped(rows, "policy")
     thirds = [group for group in GROUPS if group.endswith("third")]
     figure, axes = pyplot.subplots(
         2, len(policies), figsize=(4 * len(policies) + 1, 7), sharex=True, sharey="row",
@@ -786,16 +787,6 @@ def signs_picture(rows: list[dict], path: Path) -> None:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
-
-
-def plotting():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 13, "savefig.facecolor": "white"})
-    return pyplot
 
 
 def write(out: Path) -> None:
