@@ -155,8 +155,8 @@ def sample(
     max_new_tokens: one budget, or one per prefix. bar: what to call it if it takes long. Draws from
     softmax(logits / temperature) over the whole vocabulary, whatever the checkpoint's
     generation_config says: the sampled policy is the scored one. Raises ValueError for an empty
-    prefix, n < 1, a temperature that is not above 0, a number of budgets that is not one per
-    prefix, or more positions than the model has.
+    prefix, n < 1, a temperature that is not above 0 (unless greedy), a number of budgets that is
+    not one per prefix, or more positions than the model has.
     """
     one = isinstance(max_new_tokens, int)
     budgets = [max_new_tokens] * len(prefixes) if one else list(max_new_tokens)
@@ -1204,7 +1204,7 @@ def step_starts(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset())
         if piece.strip():
             begins.append(at)
         at += len(piece) + len(delimiter)
-    lengths = text_lengths(ids, tokenizer)
+    lengths = text_lengths(ids, tokenizer)  # characters before each token, and in all
     starts = {0}
     for c in begins[1:]:
         t = bisect_left(lengths, c)

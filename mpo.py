@@ -145,10 +145,11 @@ def block_weights(block_size: int, weights: str | float, length: int | None = No
     """(min(K, length),) float64: beta_1, beta_2, ... before any tail is renormalised.
 
     weights: "joint" (all 1), "uniform" (1/K), or the share p in [0, 1) of the K - 1 future tokens
-    (1 - p, then p / (K - 1) each). length: only the first so many are needed. K may be larger than
-    any answer, whose block then has the ratio of the whole (GSPO's mean, if uniform). For K = 1 and
-    a share, beta is [1 - p], which `window_weights` renormalises to 1. Raises ValueError for
-    anything else and for K < 1.
+    (1 - p, then p / (K - 1) each). length: only the first so many are needed. If K exceeds the
+    length, layout block makes one block of the answer; its log-ratio with uniform weights is then
+    the mean over its tokens, as in GSPO (once `window_weights` has renormalised them). For K = 1
+    and a share, beta is [1 - p], which is renormalised to 1. Raises ValueError for anything else
+    and for K < 1.
 
     >>> block_weights(3, 0.5).tolist()
     [0.5, 0.25, 0.25]
@@ -270,7 +271,7 @@ def update(
     ratios: dict | None = None, scaler=None, compute=Compute(),
 ) -> dict:  # fmt: skip
     """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
-    per update (loss, gradient norm) and per trained token (the rest).
+    per update (loss, gradient norm), variances of ratios, and per trained token the rest.
 
     shuffle: the seed of their order. ratios: filled in here, for the display: id(sample) -> its
     ratios at its last pass, and where they were clipped. None where nothing is shown.

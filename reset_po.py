@@ -6,7 +6,8 @@ final answer (behind ####) is right, else 0, and has then failed. A step is a li
 
 Read `main` at the end first, then from the top; the part "what is shown and logged" can wait. Of
 common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `complete` (with
-`sample`), `score` (with `token_logprobs`), `minibatches`, `step_starts`, `group_advantages`.
+`sample`), `score` (with `token_logprobs`), `minibatches`, `step_starts` (`text_lengths`),
+`group_advantages` and `optimizer_step`.
 --steps counts rounds; a round (`step`) samples, then makes updates (optimiser steps). Only in
 `main`, `describe_step` and `step_counts` is a step such a round; else it is a line.
 
@@ -90,7 +91,7 @@ class Config:
     delimiter: str = arg(r"\n", r"what ends a step; \n is a line break")
     max_steps: int = arg(20, "most steps of an answer; the last one takes the rest", low=1)
     fresh: int = arg(
-        4, "answers per problem: the base group (G); 0: none, unless no failure is found", low=0
+        4, "answers per problem: the base group (G); 0: it stays empty if a failure is found", low=0
     )
     resets: int = arg(4, "continuations per reset: the reset group (G)", low=0)
     seeds: int = arg(1, "failed answers per problem to reset", low=0)
@@ -152,7 +153,7 @@ LARGE = dict(lr=1e-6, temperature=0.7)  # the paper's rate is for LoRA: 5e-5
 class Plan(NamedTuple):
     more: int  # answers still to be drawn from the prompt; 0: the groups are settled
     seeds: list[int]  # which of those drawn are failures to reset
-    base: list[int]  # which make up the base group
+    base: list[int]  # which make up the base group; while `more` > 0, which may
 
 
 def plan_groups(rewards: list[float], cfg: Config) -> Plan:
@@ -162,8 +163,8 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     paper: the seeds are the first failures among up to TRIES answers, and leave the base group,
            which is made up of `fresh` others. Where `fresh` is 0, this holds by either rule.
 
-    For each seed that is not found, `resets` answers drawn anew join the base group (by paper the
-    rest of the TRIES, all successes, is not used: it would add nothing to compare).
+    For each seed that is not found, `resets` answers drawn anew join the base group. (By paper the
+    tries beyond the first `fresh` are not used: all successes, they add nothing to compare.)
 
     >>> plan_groups([1.0, 0.0, 1.0, 0.0], Config())
     Plan(more=0, seeds=[1], base=[0, 1, 2, 3])
@@ -171,9 +172,11 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
     Plan(more=4, seeds=[], base=[0, 1, 2, 3])
     >>> plan_groups([1.0, 0.0, 1.0, 0.0, 1.0], Config(seed_rule="paper"))
     Plan(more=0, seeds=[1], base=[0, 2, 3, 4])
+    >>> plan_groups([1.0] * 12, Config(seed_rule="paper"))
+    Plan(more=4, seeds=[], base=[0, 1, 2, 3])
     """
     keep = cfg.seed_rule == "keep" and cfg.fresh > 0
-    drawn = len(rewards)
+    drawn = len(rewards)  # 0 at first; a problem is planned again whenever answers have been drawn
     limit = cfg.fresh if keep else TRIES  # the seeds are looked for among so many
     seeds = [i for i in range(min(limit, drawn)) if not rewards[i]][: cfg.seeds]
     candidates = [i for i in range(drawn) if keep or i not in seeds]  # may stand in the base group
@@ -184,8 +187,9 @@ def plan_groups(rewards: list[float], cfg: Config) -> Plan:
         needed = max(missing, cfg.fresh + cfg.seeds - drawn)
         return Plan(min(limit - drawn, needed), seeds, candidates)
     base = candidates[: cfg.fresh]
-    joining = [i for i in candidates[cfg.fresh :] if i >= limit]  # the other tries are not used
+    joining = [i for i in candidates[cfg.fresh :] if i >= limit]  # drawn anew, after the search
     joining = joining[: cfg.resets * missing]
+    # What the base group itself lacks, and what is to stand in for the seeds that are missing.
     more = (cfg.fresh - len(base)) + (cfg.resets * missing - len(joining))
     return Plan(more, seeds, base + joining)
 
@@ -509,7 +513,8 @@ def show_answer(credit: Credit, tokenizer, colour: bool, width: int) -> str:
     title, notes = common.answer_notes(reset.problem, failed, tokenizer)
     notes[back_to] = f"<- resampled from here {notes.get(back_to, '')}".strip()
     pieces = [tokenizer.decode([id]) for id in seed.ids]
-    lines = common.credit_lines(pieces, [0.0] * len(pieces), {back_to: ""}, notes, colour)
+    bars = {back_to: ""}  # a bar before that token, without a number
+    lines = common.credit_lines(pieces, [0.0] * len(pieces), bars, notes, colour)
     for r, s in zip(reset.group, samples):
         text = common.printable(tokenizer.decode(r.ids).strip().replace("\n", " / "))
         text = common.paint(text, s.advantages[0]) if colour else text
@@ -644,7 +649,8 @@ def main() -> None:
         if common.is_shown(run, step):
             common.show(setup.folder, step, partial(show_answer, credit, tokenizer))
     totals = progress["counts"]
-    results = {key: value for key, value in (totals | rates(totals)).items() if value != ""}
+    shown = totals | rates(totals)  # a share stands in the place of its count
+    results = {key: value for key, value in shown.items() if value != ""}
     remark = describe_counts(totals, pick_localiser(cfg, tokenizer))
     common.finish_run(setup, progress, results, remark)
 

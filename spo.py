@@ -14,8 +14,8 @@ common.py open the data classes (Problem, Rollout, Sample, Batch, Compute), `com
 A value changes only where the policy could have gone on otherwise, so an answer is cut before
 unlikely tokens (cutpoints: their probability is below --threshold). A segment's first token is its
 boundary, or start. All its tokens get its A, but in both variants the loss trains cutpoints only
-(the mask M_t). In a chain cut at each, these are the segments' first tokens. In the drawings " / "
-is a line break.
+(the mask M_t). In a chain with --interval 1 each cutpoint begins a segment, so cutpoints and first
+tokens are the same. In the drawings " / " is a line break.
 
     chain: V of each cut (marked |) is the mean reward of N fresh continuations from there
 
@@ -109,12 +109,12 @@ class Config:
     )
     scale_advantages: bool = arg(False, "tree: divide by the std of the siblings' values")
     level_weights: bool = arg(
-        False, "tree: all levels weigh alike, nodes with A = 0 counted; off, all nodes weigh 1"
+        False, "tree: every level gets the same weight in all (node_weights); off, every node does"
     )
     replay_age: int = arg(
         0,
-        "tree: a node trains in one of this many rounds, its own the first; 0: no replay, no caps; "
-        "1: caps only",
+        "tree: rounds in which a node may wait for its one update, its own included; 1: none wait, "
+        "but caps hold; 0: no replay, no caps",
         low=0,
     )
     replay_nodes: int = arg(
@@ -162,8 +162,9 @@ TINY = dict(
     terms=3, warm_start_steps=250, prompts=32, steps=40, max_new_tokens=32, segment_tokens=8,
     eval_problems=200, eval_samples=2, show_every=20, save_every=20,
 )  # fmt: skip
-# A --model given with --data (not the built-in task) sets these, mostly the paper's for a chain of
-# about 1B, which has 8 answers a problem; its tree is 6-6-6, one epoch. common.LARGE has the rest.
+# A --model given with --data (not the built-in task) sets these. They are the paper's for SPO-chain
+# on a model of 1B parameters, but for group_size (paper: 8) and branching: the paper trains a chain
+# or a tree, and its trees are 6-6-6, for one epoch. common.LARGE has the rest.
 LARGE = dict(
     interval=5, continuations=9, segment_tokens=30, branching=[4, 4, 4], group_size=1,
     batch_size=0, epochs=2, lr=1e-6, kl_coef=1e-4, temperature=0.6,
@@ -506,7 +507,8 @@ def update(
 
 
 def diagnose(logprobs: Tensor, batch: Batch, mask: Tensor, clipped: Tensor) -> dict:
-    """Sums over the trained tokens. kl: of KL(pi_old || pi), how far the updates have come."""
+    """Sums over the tokens with M_t = 1 in this batch: of samples with a signal, or of all if there
+    is a KL. kl: of KL(pi_old || pi), how far the updates have come."""
     moved = common.k3(logprobs - batch.old_logprobs)  # (B, T)
     return dict(
         kl=(moved * mask).sum().item(),

@@ -163,7 +163,7 @@ def update_gradient(desk, samples, cfg):
     return one
 
 
-ALL = microscope.FIRST | microscope.SECOND
+ALL = microscope.FIRST | microscope.TRAINED | microscope.SECOND
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "oracle" not in name])
@@ -190,7 +190,7 @@ def test_methods_that_draw_alike_share_answers_but_not_values(desk):
     one, four = drawn("chain 32x8, N = 1", 0), drawn("chain 32x8, N = 4", 0)
     assert texts(one) == texts(four) == texts(drawn("GRPO 32x8", 0)) != texts(drawn("GRPO 32x8", 1))
     assert [s.advantages for s in one] != [s.advantages for s in four]
-    assert len(drawn("GRPO 8x8", 0)) == 64 and len(drawn("chain 64x1, N = 4", 0)) == 64
+    assert len(drawn("GRPO 8x8", 0)) == 64 and len(drawn("chain 64x2, N = 2", 0)) == 128
     assert len(desk.kept) == 4
 
 
@@ -198,11 +198,13 @@ def test_methods_are_what_their_names_say(desk):
     for name, method in (ALL | microscope.LONG | microscope.LAST).items():
         cfg = microscope.config_of(method, desk)
         if "x" in (shape := name.split(",")[0].split()[-1]) and shape[0].isdigit():
-            assert f"{cfg.prompts}x{cfg.group_size}" == shape
+            each = cfg.rollouts if method[0] is reset_po else cfg.group_size
+            assert f"{cfg.prompts}x{each}" == shape
         if "N = " in name:
             assert cfg.continuations == int(name.split()[-1])
         if method[0] is reset_po:
-            assert (cfg.fresh, cfg.resets) == (4, 4) and cfg.clip_eps == 0
+            groups = (8, 0) if "GRPO" in name else (4, 4)
+            assert (cfg.fresh, cfg.resets) == groups and cfg.clip_eps == 0
         assert cfg.temperature == 1 and cfg.max_new_tokens == desk.longest
 
 
@@ -422,6 +424,95 @@ def test_sentences_follow_from_the_rows():
     assert "Best use of a trained sample: dear." in text
     assert "better than GRPO 8x8: good. Level: alike. Worse: dear." in text
     assert "| good | 8 | 5,000 | 64 | 0.40 ± 0.02 | 0.90 ± 0.10 | 0.381 |" in text
+
+
+CURVES = """table,row,seed,rounds,tokens,seconds,held_out
+spo,SPO-chain,0,0,0,0,0.1
+spo,SPO-chain,0,40,400000,1,0.5
+spo,SPO-chain,0,100,800000,2,0.8
+spo,SPO-chain,1,0,0,0,0.3
+spo,SPO-chain,1,100,1000000,2,0.9
+spo,GRPO + mask,0,0,0,0,0.1
+spo,GRPO + mask,0,50,200000,1,0.5
+spo,GRPO + mask,1,0,0,0,0.3
+spo,GRPO + mask,1,50,200000,1,0.7
+spo,another,0,0,0,0,0.1
+"""
+
+
+def test_training_is_looked_at_where_all_seeds_have_been(tmp_path):
+    assert microscope.trained_rows(tmp_path, "rounds", 50) == {}
+    (tmp_path / "curves.csv").write_text(CURVES)
+    chain, grpo = "chain 64x2, N = 2", "GRPO + mask 64x2"
+    found = microscope.trained_rows(tmp_path, "rounds", 50)
+    assert [*found] == [chain, grpo]
+    assert found[chain] == pytest.approx({"0": 0.55, "1": 0.6})
+    assert found[grpo] == {"0": 0.5, "1": 0.7}
+    found = microscope.trained_rows(tmp_path, "tokens", 400_000)
+    assert found == {chain: pytest.approx({"0": 0.5, "1": 0.54})}
+
+
+def test_a_measure_agrees_with_training_where_both_tell_apart(monkeypatch):
+    """By hand: b and c are not apart by the measure, c and d not by training, of the rest a and b
+    come in the same order, a and d too, a and c, and b and d do not."""
+    measure = dict(a=(0.9, 0.85, 0.95), b=(0.5, 0.45, 0.55), c=(0.45, 0.4, 0.5), d=(0.1, 0.0, 0.2))
+    monkeypatch.setattr(microscope, "ROWS", dict.fromkeys("abcd", ("spo", "")))
+    near = {str(seed): 0.5 + 0.1 * seed for seed in range(3)}
+    trained = {
+        "a": {seed: y + 0.2 for seed, y in near.items()},
+        "b": near,
+        "c": {seed: y + 0.3 + 0.01 * int(seed) for seed, y in near.items()},
+        "d": {"0": 0.85, "1": 0.6, "2": 0.95},
+        "not measured": near,
+    }
+    # a - b is 0.2 in each seed, c - a 0.1 and more, c - b too; d is within noise of all the others.
+    assert microscope.agreement(measure, trained) == (1, 2)
+    del measure["c"]
+    assert microscope.agreement(measure, trained) == (1, 1)
+    trained["d"] = {seed: y + 0.1 for seed, y in near.items()}
+    assert microscope.agreement(measure, trained) == (2, 3)
+    microscope.ROWS["a"] = ("tree", "")  # of fewer rounds
+    assert microscope.agreement(measure, trained) == (0, 1)
+
+
+def test_the_page_says_whether_cosines_predict_training(tmp_path):
+    names = [name for name in microscope.ROWS][:3]
+    lines = ["table,row,seed,rounds,tokens,seconds,held_out"]
+    for gain, (table, row) in enumerate([microscope.ROWS[name] for name in names]):
+        for seed in range(3):
+            start, end = 0.2 + 0.1 * seed, 0.4 + 0.1 * seed + 0.1 * gain
+            lines += [f'{table},"{row}",{seed},0,0,0,{start}']
+            lines += [f'{table},"{row}",{seed},50,250000,0,{end}']
+    (tmp_path / "curves.csv").write_text("\n".join(lines))
+    cosines = dict(zip(names, (0.2, 0.4, 0.6)))
+    rows = [cosine_row(name, cosines[name], 10_000 * 4**i) for i, name in enumerate(names)]
+    rows += [cosine_row(name, 0.8 - cosines[name], 10_000, "late") for name in names]
+    first, second = microscope.predict_text(rows, tmp_path).split("**S/N")
+    said = "* {}: of 3 pairs that both tell apart {} come in the same order."
+    assert said.format("start", 3) in first and said.format("late", 0) in first
+    assert f"| {names[2]} | 0.600 | 0.200 | 0.700 ± 0.248 |" in first
+    assert first.index(f"| {names[2]}") < first.index(f"| {names[0]}")
+    assert f"| {names[0]} | 0.042 | 0.563 | 0.500 ± 0.248 |" in second
+    assert "accuracy after as many tokens" in second
+
+
+def test_every_row_that_is_looked_for_is_in_the_tables(monkeypatch):
+    """In runs whose command is what the microscope looks at."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    import results
+
+    for method, (name, row) in microscope.ROWS.items():
+        script, options = ALL[method]
+        table = results.TABLES[name]
+        [found] = [found for found in table.rows if found.name == row]
+        monkeypatch.setattr(sys, "argv", results.command(table, found, 5e-4, 0).split()[1:])
+        trained = common.parse_args(script.Config, table.script, "", script.TINY, script.LARGE)[0]
+        mine = script.Config(**options)
+        for config in (trained, mine):  # what is said of it elsewhere, and means the same
+            config.lr = config.batch_size = config.steps = 0
+            if getattr(config, "localiser", "") == "auto":
+                config.localiser = "uncertain"
+        assert trained == mine, method
 
 
 def test_a_tiny_run_leaves_tables_and_text(warm, monkeypatch, capsys):

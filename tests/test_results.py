@@ -16,10 +16,10 @@ from pictures import T95  # beside results, which has put tutorials/ on the path
 from results import Row, Run, Table
 
 
-def a_run(row="b", lr=5e-4, seed=0, after=0.5, command="", **other) -> Run:
+def a_run(lr=5e-4, seed=0, after=0.5, command="", **other) -> Run:
     facts = dict(before=0.2, in_form=1.0, tokens=1_234_567, seconds=60.0, means=dict(trained=3.0))
     curve = [[0, 0, 0, 0.2], [30, 617_283, 30.0, after - 0.1], [60, 1_234_567, 60.0, after]]
-    return Run("t", row, lr, seed, command, after=after, curve=curve, **facts | other)
+    return Run(lr, seed, command, after=after, curve=curve, **facts | other)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def table(monkeypatch):
     for row, lr, seed in product(rows, results.RATES, results.RATE_SEEDS + results.SEEDS):
         told = results.command(results.TABLES["t"], row, lr, seed)
         tokens = 1_234_567 * (1 if row.name == "a" else 2)
-        kept[told] = a_run(row.name, lr, seed, after(row.name, lr, seed), told, tokens=tokens)
+        kept[told] = a_run(lr, seed, after(row.name, lr, seed), told, tokens=tokens)
     return kept
 
 
@@ -76,10 +76,10 @@ def test_differences_are_paired_by_seed_with_students_interval(table):
 def test_rows_are_compared_half_way_and_for_equal_tokens_by_hand():
     """On straight lines between evaluations: 0.2 at the start, 0.6 after 50 rounds, 0.8 at the end;
     the other 0.2, 0.4, 0.5 and 0.6 after 40, 80 and 160 rounds of half the tokens each."""
-    fast = a_run("b", after=0.8)._replace(
+    fast = a_run(after=0.8)._replace(
         tokens=1000, curve=[[0, 0, 0, 0.2], [50, 500, 1, 0.6], [100, 1000, 2, 0.8]]
     )
-    slow = a_run("a", after=0.6)._replace(
+    slow = a_run(after=0.6)._replace(
         tokens=800,
         curve=[[0, 0, 0, 0.2], [40, 200, 1, 0.4], [80, 400, 2, 0.5], [160, 800, 4, 0.6]],
     )
@@ -196,7 +196,7 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
         assert f"--lr {run.lr:g} --seed {run.seed}" in told
         folder = next(
             f for f in (tmp_path / "runs").glob("t-*")
-            if f.name == f"t-{['one', 'two'].index(run.row)}-{run.lr:g}-{run.seed}"
+            if f.name == f"t-{int('group_size 2' in told)}-{run.lr:g}-{run.seed}"
         )  # fmt: skip
         metrics = (folder / "metrics.csv").read_text().splitlines()
         names, ends = metrics[0].split(","), metrics[-1].split(",")
@@ -235,7 +235,7 @@ def test_every_row_has_a_command_and_one_that_it_stands_beside(name, monkeypatch
         told = results.command(table, row, 5e-4, 3).split()
         monkeypatch.setattr(sys, "argv", told[1:])
         cfg, run = common.parse_args(module.Config, table.script, "", module.TINY, module.LARGE)
-        assert (cfg.lr, run.seed, run.eval_problems) == (5e-4, 3, 250)
+        assert (cfg.lr, run.seed, run.eval_problems) == (5e-4, 3, 150)
         if sizes := re.fullmatch(r"(\d+) x (\d+)", row.answers):
             per = cfg.fresh + cfg.resets if table.script == "reset_po" else cfg.group_size
             assert (cfg.prompts, per) == tuple(map(int, sizes.groups()))

@@ -18,7 +18,8 @@ An update's size is the optimiser's business, so only directions count; Z, a std
 drop out. Each g is the one of the script's own loss at the policy that has sampled, where all
 ratios are 1 and nothing is clipped (tests/test_microscope.py compares it with `update`'s).
 
-    cosines  18 ways to draw a batch, for the policy at the start, half-way and late
+    cosines  23 ways to draw a batch, for the policy at the start, half-way and late; and whether
+             they predict how fast the rows of tests/results.py learn
     noise    what of it comes from the draw of problems, of answers, of continuations
     lengths  answers of 4, 8, 16 and 24 lines, from 8 problems x 8 answers. The slips of the warm
              start get rarer with the length, so that accuracy stays within reach
@@ -64,7 +65,7 @@ import common  # noqa: E402
 import curves  # noqa: E402
 import reset_po  # noqa: E402
 import spo  # noqa: E402
-from pictures import plotting  # noqa: E402
+from pictures import between, half_interval, plotting  # noqa: E402
 
 
 class Sizes(NamedTuple):
@@ -88,7 +89,6 @@ TINY = Sizes(2, 8, 32, 32, 4, 8, 16, 8, 2, 60, 60, 2, ("start",), ("2 lines",))
 
 GRPO = dict(partition="trajectory", mask=False)
 MATCHED = dict(prompts=32, group_size=8)
-SINGLE = dict(prompts=64, group_size=1, continuations=4)
 FIRST = {  # the method's name -> its script, and its Config
     "GRPO 32x8": (spo, GRPO | MATCHED),
     "GRPO + mask 32x8": (spo, GRPO | MATCHED | dict(mask=True)),
@@ -97,13 +97,38 @@ FIRST = {  # the method's name -> its script, and its Config
     "chain 32x8, N = 9": (spo, MATCHED | dict(continuations=9)),
     "tree 2-2-2": (spo, dict(variant="tree", prompts=32)),
     "tree 2-2-2, levels alike": (spo, dict(variant="tree", prompts=32, level_weights=True)),
-    "newline 64x1, N = 4": (spo, SINGLE | dict(partition="newline")),
-    "chain 64x1, N = 4": (spo, SINGLE),
+    "newline 32x8, N = 4": (spo, MATCHED | dict(partition="newline", continuations=4)),
     "RRPO 4 + 4": (reset_po, dict(method="rrpo")),
     "SRPO uncertain 4 + 4": (reset_po, dict(localiser="uncertain")),
     "SRPO oracle 4 + 4": (reset_po, dict(localiser="oracle")),
     "SRPO surprise 4 + 4": (reset_po, dict(localiser="surprise")),
 }
+# What results.py trains, beside those: the other rows of its tables.
+TRAINED = {
+    "chain 64x2, N = 2": (spo, dict()),
+    "GRPO + mask 64x2": (spo, dict(partition="trajectory")),
+    "GRPO 64x2": (spo, GRPO),
+    "chain 64x2, N = 8": (spo, dict(continuations=8)),
+    "newline 64x2, N = 2": (spo, dict(partition="newline")),
+    "chain 128x1, N = 2": (spo, dict(prompts=128, group_size=1)),
+    "GRPO 32x8, mean a rollout": (reset_po, dict(method="grpo")),
+}
+ROWS = {  # method -> its table in curves.csv, and its row there
+    "chain 64x2, N = 2": ("spo", "SPO-chain"),
+    "GRPO + mask 64x2": ("spo", "GRPO + mask"),
+    "GRPO 64x2": ("mask", "GRPO"),
+    "chain 64x2, N = 8": ("values", "SPO-chain, N = 8"),
+    "newline 64x2, N = 2": ("values", "line breaks"),
+    "chain 128x1, N = 2": ("values", "SPO-chain, 128 x 1"),
+    "GRPO + mask 32x8": ("tree", "GRPO + mask, 32 x 8"),
+    "tree 2-2-2": ("tree", "SPO-tree, 2-2-2"),
+    "tree 2-2-2, levels alike": ("tree", "SPO-tree, levels alike"),
+    "GRPO 32x8, mean a rollout": ("resets", "GRPO, groups of 8"),
+    "RRPO 4 + 4": ("resets", "RRPO"),
+    "SRPO uncertain 4 + 4": ("resets", "SRPO"),
+    "SRPO oracle 4 + 4": ("resets", "SRPO, oracle"),
+}
+SHORT = ("tree", "resets")  # the tables of 50 rounds, where the others have 100
 SECOND = {
     "GRPO 8x8": (spo, GRPO | dict(prompts=8, group_size=8)),
     "chain 8x8, N = 4": (spo, dict(prompts=8, group_size=8, continuations=4)),
@@ -218,7 +243,7 @@ def from_prompts(desk: Desk, problems, cfg, seed: int):
     Methods that do this alike get the same, so they differ by their credit alone."""
     reset = isinstance(cfg, reset_po.Config)
     tree = not reset and cfg.variant == "tree"
-    shape = ("reset",) if reset else (*cfg.branching,) if tree else (cfg.group_size,)
+    shape = ("reset", cfg.fresh) if reset else (*cfg.branching,) if tree else (cfg.group_size,)
     if (key := (seed, cfg.prompts, tree, *shape)) not in desk.kept:
         states = [common.initial_state(desk.tokenizer, problem) for problem in problems]
         where, generator = (desk.model, desk.tokenizer), torch.Generator().manual_seed(seed)
@@ -575,7 +600,7 @@ def sign_rows(desk: Desk, sizes: Sizes) -> list[dict]:
 
 
 PARTS = dict(  # their tables' methods, the most telling first; `signs` has one of its own
-    cosines=(FIRST, SECOND),
+    cosines=(FIRST, TRAINED, SECOND),
     signs=({"chain": None},),
     noise=({name: FIRST[name] for name in ("chain 32x8, N = 4", "GRPO 32x8")},),
     lengths=(LONG, LAST),
@@ -676,6 +701,88 @@ def cosine_text(rows: list[dict]) -> str:
             f"\n\n{table(head, lines)}"
         )
     return "\n".join(parts)
+
+
+def trained_rows(out: Path, x: str, point: float) -> dict[str, dict[str, float]]:
+    """Method -> seed -> held-out accuracy of its row of curves.csv where x, `rounds` or `tokens`,
+    stood at `point`: on the straight line between the evaluations around it. Only methods that
+    came as far with every seed."""
+    lines, found = {}, {}
+    path = out / "curves.csv"
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                own = lines.setdefault((line["table"], line["row"]), {})
+                at = float(line[x]), float(line["held_out"])
+                own.setdefault(line["seed"], []).append(at)
+    for method, row in ROWS.items():
+        seeds = lines.get(row, {})
+        if seeds and all(curve[-1][0] >= point for curve in seeds.values()):
+            found[method] = {seed: between(curve, point) for seed, curve in seeds.items()}
+    return found
+
+
+def agreement(measure: dict[str, tuple], trained: dict[str, dict[str, float]]) -> tuple[int, int]:
+    """Pairs of methods that the measure orders as training does; pairs that both tell apart. Only
+    pairs whose runs have as many rounds, over which the learning rate falls, are looked at.
+
+    measure: (mean, low, high) of each method, apart where the intervals do not meet. trained:
+    accuracy by seed, apart where the 95 % interval of the paired differences has no 0 in it.
+    """
+    agree = both = 0
+    for one, other in itertools.combinations([name for name in measure if name in trained], 2):
+        if (ROWS[one][0] in SHORT) != (ROWS[other][0] in SHORT):
+            continue
+        differences = [trained[one][seed] - trained[other][seed] for seed in trained[one]]
+        gain = sum(differences) / len(differences)
+        apart = measure[one][1] > measure[other][2] or measure[other][1] > measure[one][2]
+        if apart and abs(gain) > half_interval(differences):
+            both += 1
+            agree += (measure[one][0] > measure[other][0]) == (gain > 0)
+    return agree, both
+
+
+# The measure -> its title, the axis of the curves, and where on it training is looked at.
+PREDICTED = dict(
+    cosine=("Cosine of a batch, and accuracy after as many rounds", "rounds", 50),
+    per_token=("S/N a 10,000 tokens, and accuracy after as many tokens", "tokens", 250_000),
+)
+
+
+def measured(row: dict, key: str) -> tuple[float, float, float]:
+    """(mean, low, high) of a row's cosine, or of its signal to noise a token."""
+    if key == "cosine":
+        return float(row["cosine"]), float(row["cosine_low"]), float(row["cosine_high"])
+    return per_token(row), per_token(row, "_low"), per_token(row, "_high")
+
+
+def predict_text(rows: list[dict], out: Path) -> str:
+    """Whether the order by one step's gradient is the order in which the rows learn."""
+    parts = []
+    for key, (title, x, point) in PREDICTED.items():
+        trained = trained_rows(out, x, point)
+        names = [row["method"] for row in rows if row["policy"] == "start"]
+        names = [name for name in names if name in trained]
+        if len(names) < 3:
+            continue
+        means = {name: sum(trained[name].values()) / len(trained[name]) for name in names}
+        by_policy, said = {}, []
+        for policy, own in grouped(rows, "policy").items():
+            found = {row["method"]: measured(row, key) for row in own if row["method"] in names}
+            by_policy[policy] = found
+            agree, told_apart = agreement(found, trained)
+            said.append(
+                f"* {policy}: of {told_apart} pairs that both tell apart {agree} come in the same "
+                "order."
+            )
+        lines = []
+        for name in sorted(names, key=means.get, reverse=True):
+            cells = [f"{own[name][0]:.3f}" if name in own else "" for own in by_policy.values()]
+            half = half_interval([*trained[name].values()])
+            lines.append([name, *cells, f"{means[name]:.3f} ± {half:.3f}"])
+        head = ["method", *by_policy, f"trained to {point:,} {x}"]
+        parts += [f"**{title}**", "\n".join(said), table(head, lines)]
+    return "\n\n".join(parts)
 
 
 def noise_text(rows: list[dict]) -> str:
@@ -793,6 +900,8 @@ def write(out: Path) -> None:
     """microscope.md and the pictures, from the rows that are there."""
     found = {part: rows for part in TEXTS if (rows := read(out, part))}
     parts = [f"## {TEXTS[part][0]}\n\n{TEXTS[part][1](rows)}" for part, rows in found.items()]
+    if "cosines" in found and (text := predict_text(found["cosines"], out)):
+        parts.append(f"## Does it predict training?\n\n{text}")
     (out / "microscope.md").write_text("\n".join(parts), "utf-8")
     pictures = dict(cosines=(dots_picture, "microscope.png"), signs=(signs_picture, "signs.png"))
     try:

@@ -391,6 +391,18 @@ def half_interval(values: list[float]) -> float:
     return t * statistics.stdev(values) / len(values) ** 0.5
 
 
+def between(curve: list[tuple[float, float]], point: float) -> float:
+    """y where x stands at `point`, of (x, y) in the order of x.
+
+    >>> between([(0, 0.0), (10, 1.0), (20, 3.0)], 15)
+    2.0
+    """
+    for (x, y), (next_x, next_y) in zip(curve, curve[1:]):
+        if x <= point <= next_x:
+            return y + (next_y - y) * (point - x) / (next_x - x)
+    raise ValueError(f"{point} is not on the curve")
+
+
 def read_curves(path: Path, x: str) -> list[Curve]:
     """The chosen rows of table "spo": means over seeds at each number of rounds; x is `rounds`
     or `tokens`, there a mean too."""
