@@ -1,9 +1,11 @@
 """The documents: a front page of one screen, and commands, links, pictures and names that exist.
 
-A command is parsed here, not run: by its script's own parser, or by what its file knows of. The
-cells for Colab and Kaggle that install are run by test_tutorials.py.
+Every command is parsed, by its script's own parser or by what its file knows of. Those of the three
+scripts are run as well, for a round, if they need no download. The cells for Colab and Kaggle that
+install are run by test_tutorials.py, those of TRL by test_trl.py.
 """
 
+import json
 import re
 import shlex
 import sys
@@ -81,6 +83,37 @@ def test_a_command_asks_for_what_is_there(command, monkeypatch):
             folder = folder / words[1]
         elif not both:
             check(words, folder, monkeypatch)
+
+
+ROUND = "--device cpu --steps 1 --warm_start_steps 2 --eval_problems 2 --eval_samples 1"
+ROUND += " --max_new_tokens 8 --show_every 1 --name round"  # the last of a repeated flag counts
+FROM_A_HUB = re.compile(r"--model \w\S*/|--data (gsm8k|math)\b")
+
+
+def scripts_commands() -> list[str]:
+    found = {re.sub(r"^!?python ", "", command) for command in COMMANDS}
+    own = [command for command in sorted(found) if command.split(".py")[0] in SCRIPTS]
+    return [command for command in own if not FROM_A_HUB.search(command)]
+
+
+@pytest.mark.parametrize("command", scripts_commands())
+def test_a_scripts_command_runs(command, run, tmp_path):
+    """All of it but its length. FOLDER has a small random model, FILE sixty problems."""
+    file, *flags = shlex.split(command)
+    common.build_policy(257).save_pretrained(tmp_path / "FOLDER")
+    common.build_tokenizer().save_pretrained(tmp_path / "FOLDER")
+    problems = [dict(question=f"1+{n}", answer=f"1+{n}={1 + n}\n#### {1 + n}") for n in range(60)]
+    lines = "\n".join(json.dumps(problem) for problem in problems)
+    (tmp_path / "FILE.jsonl").write_text(lines)
+    flags = ["FILE.jsonl" if flag == "FILE" else flag for flag in flags]
+    done = run(*flags, *ROUND.split(), script=file.removesuffix(".py"))
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "round" / "summary.json").exists()
+
+
+def test_commands_that_need_no_download_are_among_those_that_run():
+    assert {"spo.py", "mpo.py", "reset_po.py --model FOLDER --data FILE"} <= {*scripts_commands()}
+    assert len(scripts_commands()) > 15
 
 
 @pytest.mark.parametrize(
