@@ -180,7 +180,7 @@ class Run(NamedTuple):
     tokens: int
     seconds: float
     curve: list[list[float]]  # round, tokens, seconds and held-out accuracy where it was evaluated
-    means: dict[str, float]  # over the run, of the columns of metrics.csv that the table shows
+    means: dict[str, float]  # of the columns of metrics.csv that the table shows, where they say
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -228,7 +228,10 @@ def make(job: tuple[str, Row, float, int]) -> Run:
         if line["held_out"] != "":
             at = [float(line[key]) for key in ("step", "sampled_tokens", "seconds", "held_out")]
             curve.append(at)
-    means = {key: statistics.mean(float(line[key]) for line in lines) for key in table.columns}
+    means = {}
+    for key in table.columns:
+        if known := [float(line[key]) for line in lines if line[key] != ""]:
+            means[key] = statistics.mean(known)
     return Run(
         lr, seed, told, facts["accuracy_before"], facts["accuracy_after"],
         facts["in_form_after"], facts["sampled_tokens"], round(facts["seconds"], 1), curve, means,
@@ -319,28 +322,14 @@ def differences(row: Row, results: dict[str, list[Run]]) -> list[float]:
     return [run.after - other.after for run, other in pairs(row, results)]
 
 
-def accuracy_at(run: Run, axis: int, point: float) -> float:
-    """Held-out accuracy where the curve's rounds (axis 0) or tokens (1) stood at `point`, on the
-    straight line between the evaluations around it; at the end beyond it."""
-    curve = [(at[axis], at[3]) for at in run.curve]
-    return between(curve, min(point, curve[-1][0]))
-
-
 def half_way(row: Row, results: dict[str, list[Run]]) -> list[float]:
-    """The differences at half of each row's rounds."""
-    return [
-        accuracy_at(run, 0, run.curve[-1][0] / 2) - accuracy_at(other, 0, other.curve[-1][0] / 2)
-        for run, other in pairs(row, results)
-    ]
+    """The differences at half of each row's rounds, on straight lines between evaluations."""
 
+    def middle(run: Run) -> float:
+        curve = [(rounds, held_out) for rounds, _, _, held_out in run.curve]
+        return between(curve, curve[-1][0] / 2)
 
-def for_equal_tokens(row: Row, results: dict[str, list[Run]]) -> list[float]:
-    """The differences where both have sampled as many tokens as the cheaper one did in all."""
-    found = []
-    for run, other in pairs(row, results):
-        tokens = min(run.tokens, other.tokens)
-        found.append(accuracy_at(run, 1, tokens) - accuracy_at(other, 1, tokens))
-    return found
+    return [middle(run) - middle(other) for run, other in pairs(row, results)]
 
 
 def verdict(values: list[float]) -> str:
@@ -361,11 +350,8 @@ def higher(values: list[float]) -> str:
 
 
 def also(row: Row, results: dict[str, list[Run]]) -> str:
-    early, level = half_way(row, results), for_equal_tokens(row, results)
-    return (
-        f"Half-way it {verdict(early)} {row.beside}, {signed(early)}; at as many tokens it "
-        f"{verdict(level)} {row.beside}, {signed(level)}"
-    )
+    early = half_way(row, results)
+    return f"Half-way it {verdict(early)} {row.beside}, {signed(early)}"
 
 
 def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[str, list[Run]]]:
@@ -432,7 +418,8 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
         cells += [f"{mean['in_form']:.1%}", f"{mean['tokens'] / 1e6:.2f} M"]
         cells += [f"{mean['seconds']:.0f}"]
         for key in table.columns:
-            cells.append(f"{statistics.mean(run.means[key] for run in runs):.3g}")
+            known = [run.means[key] for run in runs if key in run.means]
+            cells.append(f"{statistics.mean(known):.3g}" if known else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for row in table.rows:

@@ -73,24 +73,16 @@ def test_differences_are_paired_by_seed_with_students_interval(table):
     assert below == pytest.approx(0.975, abs=5e-5) and len(results.SEEDS) == 10
 
 
-def test_rows_are_compared_half_way_and_for_equal_tokens_by_hand():
-    """On straight lines between evaluations: 0.2 at the start, 0.6 after 50 rounds, 0.8 at the end;
-    the other 0.2, 0.4, 0.5 and 0.6 after 40, 80 and 160 rounds of half the tokens each."""
-    fast = a_run(after=0.8)._replace(
-        tokens=1000, curve=[[0, 0, 0, 0.2], [50, 500, 1, 0.6], [100, 1000, 2, 0.8]]
-    )
-    slow = a_run(after=0.6)._replace(
-        tokens=800,
-        curve=[[0, 0, 0, 0.2], [40, 200, 1, 0.4], [80, 400, 2, 0.5], [160, 800, 4, 0.6]],
-    )
+def test_rows_are_compared_half_way_by_hand():
+    """Each at half of its own rounds: 50 of 100, 80 of 160; 70 of 140 is between evaluations."""
+    curve = [[0, 0, 0, 0.2], [50, 500, 1, 0.6], [100, 1000, 2, 0.8]]
+    fast = a_run(after=0.8)._replace(curve=curve)
+    curve = [[0, 0, 0, 0.2], [40, 200, 1, 0.4], [80, 400, 2, 0.5], [160, 800, 4, 0.6]]
+    slow = a_run(after=0.6)._replace(curve=curve)
     row, found = Row("b", "", "", "a", "x"), {"a": [slow], "b": [fast]}
-    assert results.accuracy_at(fast, 0, 25) == pytest.approx(0.4)
-    assert results.accuracy_at(fast, 0, 100) == results.accuracy_at(fast, 1, 2000) == 0.8
     assert results.half_way(row, found) == pytest.approx([0.6 - 0.5])
-    # After 800 tokens: three fifths of the way from 0.6 to 0.8, and the end.
-    assert results.for_equal_tokens(row, found) == pytest.approx([0.72 - 0.6])
-    back = Row("a", "", "", "b", "x")
-    assert results.for_equal_tokens(back, found) == pytest.approx([0.6 - 0.72])
+    slow.curve[-1][0] = 140
+    assert results.half_way(row, found) == pytest.approx([0.6 - 0.475])
 
 
 def test_only_an_interval_without_0_makes_a_claim():
@@ -132,6 +124,15 @@ def test_a_table_says_what_its_runs_came_to(table):
     assert short[3].endswith("| the mask | +0.105 [+0.101, +0.109] |")
 
 
+def test_a_column_that_a_row_does_not_have_is_empty(table):
+    for told, run in table.items():
+        if "--mask False" in told:
+            table[told] = run._replace(means={})
+    rows = [line for line in results.long_table("t", table) if line.startswith("| ")]
+    assert rows[1].startswith("| a |") and rows[1].endswith("| 60 |  |")
+    assert rows[2].startswith("| b, c |") and rows[2].endswith("| 60 | 3 |")
+
+
 def half_of(row, table) -> float:
     return results.interval([run.after for run in results.results_of("t", table)[1][row]])[1]
 
@@ -140,8 +141,7 @@ def test_a_table_that_lacks_a_run_is_left_out(table):
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     made = results.front_page(page, table)
     said = "**b, c is ahead of a**: +0.105 [+0.101, +0.109], higher in 10 of 10 seeds, "
-    said += "for 2.0 times the tokens.\nHalf-way it is ahead of a, +0.105 [+0.101, +0.109]; at as "
-    said += "many tokens it is ahead of a, +0.105 [+0.101, +0.109]."
+    said += "for 2.0 times the tokens.\nHalf-way it is ahead of a, +0.105 [+0.101, +0.109]."
     assert made.startswith(f"before\n{results.BEGIN}\n{said}\n\n| ") and "old" not in made
     assert made.endswith(f" |\n{results.END}\nafter\n")
     assert results.front_page(made, table) == made
@@ -170,7 +170,7 @@ import results
 from pathlib import Path
 from results import Row, Table
 rows = [Row("one", "--group_size 4", "2 x 4"), Row("two", "--group_size 2", "2 x 2", "one", "half")]
-results.TABLES = dict(t=Table("Title", "spo", {LEAST!r}, rows, ("trained",)))
+results.TABLES = dict(t=Table("Title", "spo", {LEAST!r}, rows, ("trained", "held_out")))
 results.ALL = "--eval_problems 5 --eval_every 2 --show_every 0"
 results.RATES, results.RATE_SEEDS, results.SEEDS = (1e-3, 2e-3), (7,), (0, 1)
 results.FRONT, results.RESULTS, results.ROOT = ("t",), Path("."), Path(".")
@@ -204,6 +204,8 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
         assert [point[0] for point in run.curve] == [0, 2, 3] and run.curve[-1][3] == run.after
         trained = [float(line.split(",")[names.index("trained")]) for line in metrics[1:]]
         assert run.means["trained"] == pytest.approx(sum(trained) / 3)
+        evaluated = [point[3] for point in run.curve[1:]]  # one round of three has no value
+        assert run.means["held_out"] == pytest.approx(sum(evaluated) / 2)
     front = (tmp_path / "README.md").read_text()
     assert "| two | 2 x 2 | 0.00 M |" in front and "| half |" in front
     assert "## Title" in (tmp_path / "tables.md").read_text()
