@@ -1466,6 +1466,8 @@ def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
 
 
 class Setup(NamedTuple):
+    """What a run works with; the script adds optimizer and schedule."""
+
     cfg: object  # the script's Config
     run: RunConfig
     folder: Path  # runs/<name>
@@ -1477,6 +1479,10 @@ class Setup(NamedTuple):
     instruction: str  # below each question
     compute: Compute
     evaluate: object  # evaluate(): held-out accuracy of the model as it then is
+    scaler: torch.amp.GradScaler  # of the loss
+    generator: torch.Generator  # of all that is sampled
+    optimizer: torch.optim.Optimizer | None = None
+    schedule: object = None  # of the learning rate
 
 
 def set_up(config_class, script: str, description: str, tiny: dict, large: dict, headline) -> Setup:
@@ -1541,8 +1547,10 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
         say(f"{len(test)} held-out problems: {describe(held_out())}")
         raise SystemExit
     return Setup(
-        cfg, run, folder, lock, train, problems, model, tokenizer, instruction, compute, held_out
-    )
+        cfg, run, folder, lock, train, problems, model, tokenizer, instruction, compute, held_out,
+        scaler=loss_scaler(device, dtype),
+        generator=torch.Generator(device).manual_seed(run.seed),
+    )  # fmt: skip
 
 
 def run_folder(cfg, run: RunConfig) -> Path:
@@ -1637,43 +1645,23 @@ def check_disk(folder: Path, model) -> None:
         raise BadInput(f"{folder} needs {room}")
 
 
-class Trainer(NamedTuple):
-    """What an update changes, and a checkpoint holds."""
-
-    model: object
-    tokenizer: object
-    optimizer: torch.optim.Optimizer
-    schedule: object  # of the learning rate
-    scaler: torch.amp.GradScaler  # of the loss
-    generator: torch.Generator  # of all that is sampled
-
-
-def make_trainer(setup: Setup, optimizer, schedule) -> Trainer:
-    device = setup.model.device
-    return Trainer(
-        model=setup.model, tokenizer=setup.tokenizer, optimizer=optimizer, schedule=schedule,
-        scaler=loss_scaler(device, setup.compute.dtype),
-        generator=torch.Generator(device).manual_seed(setup.run.seed),
-    )  # fmt: skip
-
-
-def begin(setup: Setup, trainer: Trainer, **counts) -> dict:
+def begin(setup: Setup, **counts) -> dict:
     """The run's progress: where it stopped, or at its start, with `counts` in it. Then its folder
     is made, with a first checkpoint, and appears whole or not at all."""
     if setup.run.resume:
-        progress = resume(setup.folder, trainer)
+        progress = resume(setup)
     else:
         before = setup.evaluate()
         progress = dict(step=0, sampled_tokens=0, seconds=0.0, before=before, **counts)
         settings = configuration(setup.cfg, setup.run) | dict(problems=setup.problems)
         with new_folder(setup.folder) as tmp:
             (tmp / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-            save_checkpoint(tmp, trainer, progress)
+            save_checkpoint(tmp, setup, progress)
     say(f"before: {describe(progress['before'])}")
     return progress
 
 
-def training_steps(setup: Setup, trainer: Trainer, progress: dict):
+def training_steps(setup: Setup, progress: dict):
     """Iterates over (step, progress bar) of the steps still to do; after each, saves if it is time
     to. Ctrl-C or SIGTERM ends the run after the step it comes in, with exit code 130 or 143."""
     folder, run, steps = setup.folder, setup.run, setup.cfg.steps
@@ -1682,7 +1670,7 @@ def training_steps(setup: Setup, trainer: Trainer, progress: dict):
         yield step, bar
         progress["step"] = step + 1
         if (step + 1) % run.save_every == 0 or step + 1 == steps or stop.signal:
-            save_checkpoint(folder, trainer, progress)
+            save_checkpoint(folder, setup, progress)
         if stop.signal:
             bar.close()
             say(f"saved after step {step + 1} in {folder}/; --resume continues")
@@ -1691,25 +1679,23 @@ def training_steps(setup: Setup, trainer: Trainer, progress: dict):
 
 
 @contextmanager
-def saved_if_not_finite(
-    setup: Setup, step: int, trainer: Trainer, progress: dict
-) -> Iterator[None]:
+def saved_if_not_finite(setup: Setup, step: int, progress: dict) -> Iterator[None]:
     """A loss or gradient that is not finite stops the run; its state goes beside the checkpoint."""
     try:
         yield
     except FloatingPointError as error:
-        save_checkpoint(setup.folder, trainer, progress, name="failed")
+        save_checkpoint(setup.folder, setup, progress, name="failed")
         stopped = f"step {step + 1}: {error}; stopped, with its state in {setup.folder}/failed"
         raise SystemExit(f"\n{stopped}") from None
 
 
 def log_step(
-    setup: Setup, step: int, bar, schedule, progress: dict, metrics: dict, answers: list[Rollout]
+    setup: Setup, step: int, bar, progress: dict, metrics: dict, answers: list[Rollout]
 ) -> None:
     """Add a step's row to metrics.csv, evaluating if it is time to. answers: the step's whole ones;
     if no reward has come in the first steps, it is said why."""
     every = setup.run.eval_every
-    row = dict(step=step + 1) | metrics | dict(lr=schedule.get_last_lr()[0])
+    row = dict(step=step + 1) | metrics | dict(lr=setup.schedule.get_last_lr()[0])
     row["in_form"] = sum(in_form(r, setup.tokenizer) for r in answers) / len(answers)
     row["sampled_tokens"] = progress["sampled_tokens"]
     row["seconds"] = round(progress["seconds"], 2)
@@ -1805,18 +1791,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
 LOGS = ("metrics.csv", "samples.txt")  # what grows during a run
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, progress: dict, name="checkpoint") -> None:
+def save_checkpoint(folder: Path, setup: Setup, progress: dict, name="checkpoint") -> None:
     """folder/name in Hugging Face format, and in it everything that an exact resume needs. Raises
     OSError, with the last checkpoint as it was, if it cannot be written."""
-    state = dict(progress=progress, generator=trainer.generator.get_state())
+    state = dict(progress=progress, generator=setup.generator.get_state())
     for part in ("optimizer", "schedule", "scaler"):
-        state[part] = getattr(trainer, part).state_dict()
+        state[part] = getattr(setup, part).state_dict()
     logs = [folder / log for log in LOGS]
     state["log_bytes"] = [log.stat().st_size if log.exists() else 0 for log in logs]
     try:
         with new_folder(folder / name) as tmp:
-            trainer.model.save_pretrained(tmp)
-            trainer.tokenizer.save_pretrained(tmp)
+            setup.model.save_pretrained(tmp)
+            setup.tokenizer.save_pretrained(tmp)
             torch.save(state, tmp / "state.pt")
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
         left = shutil.disk_usage(folder.parent).free / 1e6
@@ -1832,21 +1818,21 @@ def find_checkpoint(folder: Path) -> Path:
     raise BadInput(f"{folder} holds no checkpoint")
 
 
-def resume(folder: Path, trainer: Trainer) -> dict:
+def resume(setup: Setup) -> dict:
     """Restore what `save_checkpoint` saved beside the weights, cut off log rows written after it,
     and return the run's progress."""
-    file = find_checkpoint(folder) / "state.pt"
+    file = find_checkpoint(setup.folder) / "state.pt"
     try:
         state = torch.load(file, weights_only=True)
         for part in ("optimizer", "schedule", "scaler"):
-            getattr(trainer, part).load_state_dict(state[part])
-        trainer.generator.set_state(state["generator"])
+            getattr(setup, part).load_state_dict(state[part])
+        setup.generator.set_state(state["generator"])
         progress, sizes = state["progress"], [int(size) for size in state["log_bytes"]]
     except Exception:
         raise BadInput(f"--resume: {file} is missing or damaged") from None
     for log, size in zip(LOGS, sizes):
-        if (folder / log).exists():
-            os.truncate(folder / log, size)
+        if (setup.folder / log).exists():
+            os.truncate(setup.folder / log, size)
     return progress
 
 

@@ -399,14 +399,13 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 def main() -> None:
     setup = common.set_up(Config, "mpo", __doc__, TINY, LARGE, headline)
     cfg, run, compute = setup.cfg, setup.run, setup.compute
-    model, tokenizer = setup.model, setup.tokenizer
+    model, tokenizer, generator = setup.model, setup.tokenizer, setup.generator
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = updates_of(cfg)  # a round
     schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
-    trainer = common.make_trainer(setup, optimizer, schedule)
-    generator = trainer.generator
-    progress = common.begin(setup, trainer)
-    for step, bar in common.training_steps(setup, trainer, progress):
+    setup = setup._replace(optimizer=optimizer, schedule=schedule)
+    progress = common.begin(setup)
+    for step, bar in common.training_steps(setup, progress):
         # 1. Sample G answers to each problem, and reward them.
         began = time.time()
         problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
@@ -423,10 +422,10 @@ def main() -> None:
         shuffle = f"{run.seed}-{step}"
         ratios = {} if common.is_shown(run, step) else None
         # At a loss or gradient that is not finite the run stops, with its state saved.
-        with common.saved_if_not_finite(setup, step, trainer, progress):
+        with common.saved_if_not_finite(setup, step, progress):
             metrics = update(
                 model, optimizer, schedule, credit.samples, cfg, shuffle, ratios=ratios,
-                scaler=trainer.scaler, compute=compute,
+                scaler=setup.scaler, compute=compute,
             )  # fmt: skip
 
         # 4. Log.
@@ -434,7 +433,7 @@ def main() -> None:
         progress["seconds"] += time.time() - began
         accuracy = sum(r.reward for r in rollouts) / len(rollouts)
         metrics = dict(accuracy=accuracy) | metrics | describe_step(rollouts, credit)
-        common.log_step(setup, step, bar, schedule, progress, metrics, answers=rollouts)
+        common.log_step(setup, step, bar, progress, metrics, answers=rollouts)
         if common.is_shown(run, step):
             owners = [problem for problem in problems for _ in range(cfg.group_size)]
             view = partial(show_answer, owners, rollouts, credit, ratios, cfg, tokenizer)

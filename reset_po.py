@@ -609,16 +609,15 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 def main() -> None:
     setup = common.set_up(Config, "reset_po", __doc__, TINY, LARGE, headline)
     cfg, run, compute = setup.cfg, setup.run, setup.compute
-    model, tokenizer = setup.model, setup.tokenizer
+    model, tokenizer, generator = setup.model, setup.tokenizer, setup.generator
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = cfg.epochs * cfg.prompts * cfg.rollouts // cfg.batch_size  # a round (rollouts: 2G)
     schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
-    trainer = common.make_trainer(setup, optimizer, schedule)
-    generator = trainer.generator
+    setup = setup._replace(optimizer=optimizer, schedule=schedule)
     if cfg.seeds:
         common.say(f"localiser: {pick_localiser(cfg, tokenizer)}")
-    progress = common.begin(setup, trainer, counts={})
-    for step, bar in common.training_steps(setup, trainer, progress):
+    progress = common.begin(setup, counts={})
+    for step, bar in common.training_steps(setup, progress):
         # 1. Sample answers until each problem has its base group, and its seeds if any has failed.
         began = time.time()
         problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
@@ -631,9 +630,9 @@ def main() -> None:
         # 3. Train on the answers of the base groups and on the suffixes of the reset groups.
         shuffle = f"{run.seed}-{step}"
         # At a loss or gradient that is not finite the run stops, with its state saved.
-        with common.saved_if_not_finite(setup, step, trainer, progress):
+        with common.saved_if_not_finite(setup, step, progress):
             metrics = update(
-                model, optimizer, schedule, credit.samples, cfg, shuffle, scaler=trainer.scaler,
+                model, optimizer, schedule, credit.samples, cfg, shuffle, scaler=setup.scaler,
                 compute=compute,
             )  # fmt: skip
 
@@ -645,7 +644,7 @@ def main() -> None:
             progress["counts"][key] = progress["counts"].get(key, 0) + count
         metrics = dict(accuracy=credit.accuracy) | metrics | describe_step(credit, counts, cfg)
         whole = [rollout for rollouts in drawn for rollout in rollouts]
-        common.log_step(setup, step, bar, schedule, progress, metrics, answers=whole)
+        common.log_step(setup, step, bar, progress, metrics, answers=whole)
         if common.is_shown(run, step):
             common.show(setup.folder, step, partial(show_answer, credit, tokenizer))
     totals = progress["counts"]

@@ -699,17 +699,16 @@ def headline(cfg: Config, train: list[Problem]) -> str:
 def main() -> None:
     setup = common.set_up(Config, "spo", __doc__, TINY, LARGE, headline)
     cfg, run, compute = setup.cfg, setup.run, setup.compute
-    model, tokenizer = setup.model, setup.tokenizer
+    model, tokenizer, generator = setup.model, setup.tokenizer, setup.generator
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     updates = updates_of(cfg)  # a round
     schedule = get_linear_schedule_with_warmup(optimizer, cfg.warmup_updates, cfg.steps * updates)
-    trainer = common.make_trainer(setup, optimizer, schedule)
-    generator = trainer.generator
+    setup = setup._replace(optimizer=optimizer, schedule=schedule)
     reference = reference_policy(setup) if cfg.kl_coef else None
     wrong_facts = common.wrong_facts(run.seed) if setup.train[0].checkable else None
     # Kept in checkpoints: the counts of `count_hits`, and the nodes that wait for replay.
-    progress = common.begin(setup, trainer, failures=0, hits=0, chance=0.0, waiting=[])
-    for step, bar in common.training_steps(setup, trainer, progress):
+    progress = common.begin(setup, failures=0, hits=0, chance=0.0, waiting=[])
+    for step, bar in common.training_steps(setup, progress):
         # 1. Sample answers, or trees, from problems.
         began = time.time()
         problems = common.batch_at(setup.train, step, cfg.prompts, run.seed)
@@ -739,10 +738,10 @@ def main() -> None:
             new = [(step, q, vars(s)) for q, s in zip(questions, samples)]
             samples, later = draw_replay(progress["waiting"] + new, step, cfg, shuffle)
         # At a loss or gradient that is not finite the run stops, with its state saved.
-        with common.saved_if_not_finite(setup, step, trainer, progress):
+        with common.saved_if_not_finite(setup, step, progress):
             metrics = update(
                 model, optimizer, schedule, samples, cfg, shuffle, reference=reference,
-                scaler=trainer.scaler, compute=compute,
+                scaler=setup.scaler, compute=compute,
             )  # fmt: skip
         # Trees may make fewer updates. After the warm-up the rate falls as if all had been made.
         while cfg.warmup_updates <= schedule.last_epoch < (step + 1) * updates:
@@ -756,7 +755,7 @@ def main() -> None:
         count_hits(progress, problems, credit.answers, tokenizer)
         metrics = dict(accuracy=credit.accuracy) | metrics | describe_step(credit, samples, cfg)
         whole = [answer.rollout for answer in credit.answers]
-        common.log_step(setup, step, bar, schedule, progress, metrics, answers=whole)
+        common.log_step(setup, step, bar, progress, metrics, answers=whole)
         if common.is_shown(run, step):
             if cfg.variant == "tree":
                 view = partial(show_tree, problems, tree, credit, tokenizer, cfg)

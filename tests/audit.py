@@ -174,7 +174,7 @@ def install(script) -> None:
         script.show_answer = show_answer
 
     @hook("log_step")
-    def log_step(real, setup, step, bar, schedule, progress, row, answers):
+    def log_step(real, setup, step, bar, progress, row, answers):
         whole = whole_answers(script)
         assert Counter((*r.prompt, *r.ids) for r in answers) == Counter(
             (*r.prompt_ids, *r.whole) for r in whole
@@ -187,11 +187,11 @@ def install(script) -> None:
                 close(row[key], value, f"step {step + 1}: {key}", 1e-4)
         assert set(row) == set(expected), set(row) ^ set(expected)
         assert progress["sampled_tokens"] == state["tokens"] and progress["step"] == step
-        close(schedule.get_last_lr()[0], learning_rate(script, step), "lr")
+        close(setup.schedule.get_last_lr()[0], learning_rate(script, step), "lr")
         dtype = common.DTYPES[setup.run.dtype]
         assert {*seen["dtypes"]} == {dtype}, "sampling, scoring and updates differ in dtype"
         seen.clear()
-        real(setup, step, bar, schedule, progress, row, answers)
+        real(setup, step, bar, progress, row, answers)
         with open(setup.folder / "metrics.csv", newline="") as file:
             written = list(csv.DictReader(file))[-1]
         assert (written["held_out"] != "") == ((step + 1) % setup.run.eval_every == 0)

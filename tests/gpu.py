@@ -123,9 +123,9 @@ def measured_step(shape: str, command: str) -> dict:
             apart.extend((result.detach() - batch.old_logprobs)[batch.mask].abs().tolist())
         return result
 
-    def log_step(setup, step, bar, schedule, progress, *rest, **options):
+    def log_step(setup, step, bar, progress, *rest, **options):
         after_step.append(dict(parts, all=progress["seconds"], tokens=progress["sampled_tokens"]))
-        real_log(setup, step, bar, schedule, progress, *rest, **options)
+        real_log(setup, step, bar, progress, *rest, **options)
 
     common.token_logprobs, common.log_step = token_logprobs, log_step
     take_time(common, "sample", "sampling")

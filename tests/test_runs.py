@@ -1096,7 +1096,7 @@ def test_micro_batches_are_as_large_as_suits_the_device_or_as_is_said(
     warm, run, device, flags, limit
 ):
     patch = f"""
-def stop(setup, trainer, **counts):
+def stop(setup, **counts):
     raise common.BadInput(f"{{setup.run.training_tokens}} {{setup.compute}}")
 import torch
 common.begin = stop
