@@ -587,26 +587,18 @@ def minibatches(
             yield order[i * len(order) // parts : (i + 1) * len(order) // parts]
 
 
-def loss_scaler(device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """fp16 has too few small numbers for gradients: there the loss is scaled up, and they are
-    scaled down again. Idle in other dtypes."""
-    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def backward(loss: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
-    (scaler.scale(loss) if scaler else loss).backward()
+IDLE = torch.amp.GradScaler(enabled=False)  # scales nothing: only fp16 needs it
 
 
 def optimizer_step(
-    model, optimizer, schedule, loss: float, max_grad_norm: float, scaler=None
+    model, optimizer, schedule, loss: float, max_grad_norm: float, scaler=IDLE
 ) -> float:
     """Clip the gradients, step, clear them; returns their norm before clipping.
 
-    scaler: the one that has scaled the loss, if any has. In fp16 gradients overflow now and then:
-    that step is left out, its norm is not finite. Raises FloatingPointError, with the weights as
-    they were, if loss or norm are not finite otherwise.
+    scaler: the one that has scaled the loss. In fp16 gradients overflow now and then: that step is
+    left out, its norm is not finite. Raises FloatingPointError, with the weights as they were, if
+    loss or norm are not finite otherwise.
     """
-    scaler = scaler or loss_scaler(torch.device("cpu"), torch.float32)  # an idle one
     some = any(p.grad is not None for p in model.parameters())
     if some:  # not so if no sample had signal; a scaler needs a gradient
         scaler.unscale_(optimizer)
@@ -1548,7 +1540,8 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
         raise SystemExit
     return Setup(
         cfg, run, folder, lock, train, problems, model, tokenizer, instruction, compute, held_out,
-        scaler=loss_scaler(device, dtype),
+        # fp16 has too few small numbers for gradients: there the loss is scaled up.
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         generator=torch.Generator(device).manual_seed(run.seed),
     )  # fmt: skip
 

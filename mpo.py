@@ -268,7 +268,7 @@ def assign_credit(model, rollouts, cfg: Config, compute=Compute()) -> Credit:
 
 def update(
     model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str,
-    ratios: dict | None = None, scaler=None, compute=Compute(),
+    ratios: dict | None = None, scaler=common.IDLE, compute=Compute(),
 ) -> dict:  # fmt: skip
     """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
     per update (loss, gradient norm), variances of ratios, and per trained token the rest.
@@ -290,7 +290,7 @@ def update(
             )  # (B, T)
             log_ratio = logprobs - batch.old_logprobs  # (B, T)
             loss, log_blocks, clipped = mpo_loss(log_ratio, batch, n, cfg)
-            common.backward(loss, scaler)
+            scaler.scale(loss).backward()
             loss_sum += loss.item()
             totals.update(diagnose(log_ratio.detach(), log_blocks.detach(), batch, clipped, cfg))
             if ratios is not None:

@@ -461,8 +461,8 @@ def assign_credit(
 
 
 def update(
-    model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str, scaler=None,
-    compute=Compute(),
+    model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str,
+    scaler=common.IDLE, compute=Compute(),
 ) -> dict:  # fmt: skip
     """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
     per update (loss, gradient norm) and per trained token (the rest).
@@ -481,7 +481,7 @@ def update(
                 model, batch, cfg.temperature, compute=compute
             )  # (B, T)
             loss, clipped = reset_loss(logprobs, batch, len(minibatch), cfg.clip_eps)
-            common.backward(loss, scaler)
+            scaler.scale(loss).backward()
             loss_sum += loss.item()
             totals.update(clip_fraction=clipped.sum().item(), tokens=batch.mask.sum().item())
         norm = common.optimizer_step(

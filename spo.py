@@ -463,7 +463,7 @@ def reference_policy(setup: common.Setup):
 
 def update(
     model, optimizer, schedule, samples: list[Sample], cfg: Config, shuffle: str, reference=None,
-    scaler=None, compute=Compute(),
+    scaler=common.IDLE, compute=Compute(),
 ) -> dict:  # fmt: skip
     """A round's updates: `epochs` passes over the samples, `batch_size` to an update. Returns means
     per update (loss, gradient norm) and per trained token (the rest).
@@ -494,7 +494,7 @@ def update(
                 divergence = (common.k3(initial - logprobs) * mask).sum()
                 loss = loss + cfg.kl_coef * divergence / len(minibatch)
                 totals["kl_ref"] += divergence.item()
-            common.backward(loss, scaler)
+            scaler.scale(loss).backward()
             loss_sum += loss.item()
             totals.update(diagnose(logprobs.detach(), batch, mask, clipped))
         norm = common.optimizer_step(
