@@ -902,10 +902,6 @@ def window(model) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
 
-def count_parameters(model) -> int:
-    return sum(weight.numel() for weight in model.parameters())
-
-
 @torch.no_grad()
 def token_bytes(model, compute: Compute = Compute()) -> int:
     """Bytes of keys and values that a model keeps for each token, measured."""
@@ -1523,7 +1519,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     if not (run.resume or run.eval_only):
         model, tokenizer = warm_started(run, train, model, tokenizer, compute)
     fitting = sampling_tokens(
-        free_memory(device), count_parameters(model), token_bytes(model, compute)
+        free_memory(device), model.num_parameters(), token_bytes(model, compute)
     )
     compute.sampling_tokens = run.sampling_tokens or fitting
     run = replace(run, sampling_tokens=compute.sampling_tokens)
@@ -1631,7 +1627,7 @@ def claim(folder: Path) -> filelock.BaseFileLock:
 def check_disk(folder: Path, model) -> None:
     """Raises BadInput where there is no room for two checkpoints, weights and AdamW's two moments
     in fp32 each: the new one is whole before the old one goes."""
-    needed = 24 * count_parameters(model)
+    needed = 24 * model.num_parameters()
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         room = f"{needed / 1e6:,.0f} MB for two checkpoints, its disk has {free / 1e6:,.0f} left"

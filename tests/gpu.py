@@ -68,7 +68,7 @@ def sampling_rows(shape: str) -> list[str]:
     bandwidth reading the weights once a pass takes, which bounds decoding few rows."""
     model, tokenizer, _ = policy(shape)  # one token a byte; other ids are no text
     prompts = torch.randint(256, (4 if TINY else 16, 64)).tolist()
-    weights = common.count_parameters(model) * DTYPE.itemsize  # bytes
+    weights = model.num_parameters() * DTYPE.itemsize  # bytes
     limit, rows = bandwidth(DEVICE, 1 << 24 if TINY else 1 << 28), []
     for n in (1, 8, 64):
         options = dict(max_new_tokens=BUDGET, eos=set(), compute=HERE)

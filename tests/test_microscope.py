@@ -280,7 +280,7 @@ def test_nested_draws_share_what_they_should(desk):
     chain = microscope.nested(desk, ALL["chain 8x8, N = 4"], SIZES)
     grpo = microscope.nested(desk, ALL["GRPO 8x8"], SIZES)
     assert chain.shape[:3] == (3, 2, 2) and grpo.shape[:3] == (3, 2, 1)
-    assert chain.shape[3] == common.count_parameters(desk.model)
+    assert chain.shape[3] == desk.model.num_parameters()
     assert not torch.equal(chain[:, :, 0], chain[:, :, 1])
     parts = microscope.components(chain)
     assert parts[3] > 0

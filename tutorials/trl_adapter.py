@@ -194,7 +194,7 @@ class Trainer(GRPOTrainer):
         self.compute.training_tokens = common.training_tokens(device)
         model, tokenizer = common.starting_policy(run, self.problems, device, self.compute)
         common.no_dropout(model)
-        sizes = common.count_parameters(model), common.token_bytes(model, self.compute)
+        sizes = model.num_parameters(), common.token_bytes(model, self.compute)
         fitting = common.sampling_tokens(common.free_memory(device), *sizes)
         self.compute.sampling_tokens = run.sampling_tokens or fitting
         self.instruction = common.pick_instruction(run, tokenizer)
