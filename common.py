@@ -1438,8 +1438,8 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
-def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and the dtype to autocast to."""
+def pick_device(run: RunConfig) -> tuple[str, str]:
+    """Where to run, and the dtype to autocast to: what "auto" means here."""
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     device = run.device if run.device != "auto" else "cuda" if there["cuda"] else "cpu"
     if not there[device]:
@@ -1447,7 +1447,7 @@ def pick_device(run: RunConfig) -> tuple[torch.device, torch.dtype]:
     dtype = run.dtype if run.dtype != "auto" else "fp32"
     if run.dtype == "auto" and device == "cuda":
         dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return torch.device(device), DTYPES[dtype]
+    return device, dtype
 
 
 # ------------------------------------------------------------------------- a run: set-up, loop, log
@@ -1480,11 +1480,9 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     Raises BadInput for what cannot work, before the warm start and before anything is written.
     """
     cfg, run = parse_args(config_class, script, description, tiny, large)
-    device, dtype = pick_device(run)
-    run = replace(
-        run, device=device.type, dtype=next(name for name in DTYPES if DTYPES[name] == dtype),
-        training_tokens=run.training_tokens or training_tokens(device),
-    )  # fmt: skip
+    run.device, run.dtype = pick_device(run)
+    device, dtype = torch.device(run.device), DTYPES[run.dtype]
+    run.training_tokens = run.training_tokens or training_tokens(device)
     folder = run_folder(cfg, run)
     train = load_problems(run.data, "train", None, run.seed, run.terms)
     test = load_problems(run.data, "test", run.eval_problems, run.seed, run.terms)
@@ -1518,19 +1516,15 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     compute = Compute(dtype=dtype, training_tokens=run.training_tokens)
     if not (run.resume or run.eval_only):
         model, tokenizer = warm_started(run, train, model, tokenizer, compute)
-    fitting = sampling_tokens(
+    run.sampling_tokens = compute.sampling_tokens = run.sampling_tokens or sampling_tokens(
         free_memory(device), model.num_parameters(), token_bytes(model, compute)
     )
-    compute.sampling_tokens = run.sampling_tokens or fitting
-    run = replace(run, sampling_tokens=compute.sampling_tokens)
     recompute_layers(model, run)
-
-    def held_out() -> dict:
-        return evaluate(
-            model, tokenizer, test, samples=run.eval_samples, max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature, seed=run.seed, instruction=instruction, compute=compute,
-        )  # fmt: skip
-
+    held_out = functools.partial(
+        evaluate, model, tokenizer, test, samples=run.eval_samples,
+        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=run.seed,
+        instruction=instruction, compute=compute,
+    )  # fmt: skip
     if run.eval_only:
         say(f"{len(test)} held-out problems: {describe(held_out())}")
         raise SystemExit

@@ -38,7 +38,8 @@ def timed(device, work) -> tuple[float, object]:
     return clock(device) - began, result
 
 
-DEVICE, DTYPE = common.pick_device(common.RunConfig())
+device, dtype = common.pick_device(common.RunConfig())
+DEVICE, DTYPE = torch.device(device), common.DTYPES[dtype]
 HERE = common.Compute(dtype=DTYPE, training_tokens=common.training_tokens(DEVICE))
 
 
