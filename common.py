@@ -745,7 +745,6 @@ def warm_start(
         say(f"warm start: {folder}, made earlier")
         return folder
     imitate(run, problems, model, tokenizer, compute)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(Path("runs", ".warm_start.lock")):  # held only while one is saved
         for left in folder.parent.glob(".*"):  # by one that was killed while it saved
             shutil.rmtree(left)
@@ -1710,15 +1709,12 @@ def warn_if_no_reward(setup: Setup, step: int, progress: dict, answers: list[Rol
         counts[wrong if r.finished else "cut"] += 1
     total = sum(counts.values())
     some = any(r.reward for r in answers)
-    if not some and total < FEW and step + 1 != min(3, setup.cfg.steps):
-        return
-    progress["failed"] = None
-    listed = sorted(counts, key=counts.get, reverse=True)
-    shares = ", ".join(
-        f"{counts[why] / total:.0%} {FAILURES[why]}" for why in listed if counts[why]
-    )
-    if not some:
-        tqdm.write(f"none of the first {total} answers got a reward: {shares}")
+    if some or total >= FEW or step + 1 == min(3, setup.cfg.steps):
+        progress["failed"] = None
+        listed = Counter(counts).most_common()
+        shares = ", ".join(f"{n / total:.0%} {FAILURES[why]}" for why, n in listed if n)
+        if not some:
+            tqdm.write(f"none of the first {total} answers got a reward: {shares}")
 
 
 def append_metrics(folder: Path, row: dict) -> None:
@@ -1914,15 +1910,11 @@ def is_shown(run: RunConfig, step: int) -> bool:
 def show(folder: Path, step: int, view) -> None:
     """Print view(colour=..., width=...), a step's text, above the progress bar, and keep it without
     colour and 100 characters wide in samples.txt."""
-
-    def render(colour: bool, width: int) -> str:
-        return f"step {step + 1}: {view(colour=colour, width=width)}"
-
     with open(folder / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(render(colour=False, width=100) + "\n\n")
+        file.write(f"step {step + 1}: {view(colour=False, width=100)}\n\n")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size((100, 24)).columns
-    tqdm.write("\n" + render(colour=colour, width=width) + "\n")
+    tqdm.write(f"\nstep {step + 1}: {view(colour=colour, width=width)}\n")
 
 
 def problem_title(problem: Problem) -> str:
