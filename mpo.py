@@ -285,9 +285,7 @@ def update(
         loss_sum = 0.0
         for micro in common.micro_batches(with_signal, compute.training_tokens):
             batch = common.collate(micro, model.device)
-            logprobs = common.token_logprobs(
-                model, batch, cfg.temperature, compute=compute
-            )  # (B, T)
+            logprobs = common.token_logprobs(model, batch, cfg.temperature, compute=compute)
             log_ratio = logprobs - batch.old_logprobs  # (B, T)
             loss, log_blocks, clipped = mpo_loss(log_ratio, batch, n, cfg)
             scaler.scale(loss).backward()
@@ -338,14 +336,7 @@ def describe_step(rollouts, credit: Credit) -> dict:
 
 
 def show_answer(
-    problems,
-    rollouts,
-    credit: Credit,
-    ratios: dict,
-    cfg: Config,
-    tokenizer,
-    colour: bool,
-    width: int,
+    problems, rollouts, credit: Credit, ratios: dict, cfg: Config, tokenizer, colour, width
 ) -> str:
     """One answer of the round with the ratios it was last trained at: one with a clipped ratio, if
     there is any, and a failure if there is a choice.
