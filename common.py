@@ -1024,11 +1024,13 @@ def hub_problems(data: str, part: str) -> tuple[Problem, ...]:
             f"--data {data}: {HUB[data][0]} could not be had from the hub ({one_line(error)}); "
             f"a local .jsonl or .parquet file works too"
         ) from None
-    read = [problem_of(row) for row in rows]
-    problems = tuple(problem for problem in read if isinstance(problem, Problem))
-    if left_out := len(read) - len(problems):
-        say(f"--data {data}: {left_out} of {len(read):,} {part} rows left out, for no answer")
-    return problems
+    problems = []
+    for row in rows:
+        with suppress(BadInput):
+            problems.append(problem_of(row, part))
+    if left_out := len(rows) - len(problems):
+        say(f"--data {data}: {left_out} of {len(rows):,} {part} rows left out, for no answer")
+    return tuple(problems)
 
 
 @functools.lru_cache(maxsize=2)  # a run reads its file once, whatever splits it needs
@@ -1040,15 +1042,11 @@ def file_problems(data: str) -> tuple[Problem, ...]:
         raise BadInput(f"--data {data}: no such file, nor one of the known sets ({known})")
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise BadInput(f"--data {data}: its name must end in .jsonl, .json or .parquet")
-    problems = []
-    for place, row in (parquet_rows if path.suffix == ".parquet" else json_rows)(path):
-        problem = problem_of(row)
-        if not isinstance(problem, Problem):
-            raise BadInput(f"{data}, {place}: {problem}")
-        problems.append(problem)
+    rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+    problems = tuple(problem_of(row, f"{data}, {place}") for place, row in rows)
     if not problems:
         raise BadInput(f"--data {data}: the file is empty")
-    return tuple(problems)
+    return problems
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -1073,16 +1071,16 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     return ((f"row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def problem_of(row) -> Problem | str:
-    """A row of a file or hub set as a problem, or what it lacks."""
+def problem_of(row, place: str) -> Problem:
+    """A row of a file or hub set as a problem. Raises BadInput with `place` for what it lacks."""
     for names in COLUMNS if isinstance(row, dict) else ():
         question, solution = map(row.get, names)
         if isinstance(question, str) and isinstance(solution, str):
             answer = extract_answer(solution)
             if answer is None:
-                return "no final answer ('#### 18', '\\boxed{18}') to read"
+                raise BadInput(f"{place}: no final answer ('#### 18', '\\boxed{{18}}') to read")
             return Problem(question, solution, answer)
-    return "needs the texts 'question' and 'answer', or 'problem' and 'solution'"
+    raise BadInput(f"{place}: needs the texts 'question' and 'answer', or 'problem' and 'solution'")
 
 
 # ------------------------------------------------------------------------------------------ answers
