@@ -60,7 +60,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -410,9 +409,7 @@ def complete(
     return rollouts
 
 
-def initial_state(
-    tokenizer, problem: Problem, instruction: str = ""
-) -> tuple[list[int], list[int], str]:
+def initial_state(tokenizer, problem: Problem, instruction: str = "") -> tuple[list, list, str]:
     """(prompt ids, answer ids so far, true answer): what `complete` goes on from."""
     return prompt_ids(tokenizer, problem, instruction), [], problem.answer
 
@@ -1208,7 +1205,7 @@ def text_lengths(ids: list[int], tokenizer) -> list[int]:
     What a token adds shows behind the few before it: alone it may be part of a character, and the
     first one may lose its space. Decoding every prefix would take time with the square of T.
     """
-    stream = DecodeStream(skip_special_tokens=False)
+    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
     try:
         pieces = [stream.step(tokenizer.backend_tokenizer, id) or "" for id in ids]
     except Exception:  # one in Python alone, or a byte that is no text changes those before it
@@ -1540,15 +1537,13 @@ def run_folder(cfg, run: RunConfig) -> Path:
         raise BadInput(f"--resume: {folder} is finished; its summary.json has the results")
     if run.resume:
         old = json.loads((folder / "config.json").read_text("utf-8"))
+        may_change = ("name", "sampling_tokens", "training_tokens", "gradient_checkpointing")
         for key, value in configuration(cfg, run).items():
-            if old[key] != value and key not in (*MEMORY, "name"):  # a folder may be renamed
+            if old[key] != value and key not in may_change:
                 raise BadInput(f"--resume: {folder} has {key} = {old[key]}, not {value}")
     elif not run.eval_only and (folder.exists() or folder.is_symlink()):
         raise BadInput(f"{folder} exists: pick another --name, --resume it, or delete it")
     return folder
-
-
-MEMORY = ("sampling_tokens", "training_tokens", "gradient_checkpointing")  # may change on resume
 
 
 def configuration(cfg, run: RunConfig) -> dict:
@@ -1669,9 +1664,7 @@ def saved_if_not_finite(setup: Setup, step: int, progress: dict) -> Iterator[Non
         raise SystemExit(f"\n{stopped}") from None
 
 
-def log_step(
-    setup: Setup, step: int, bar, progress: dict, metrics: dict, answers: list[Rollout]
-) -> None:
+def log_step(setup: Setup, step: int, bar, progress: dict, metrics: dict, answers: list) -> None:
     """Add a step's row to metrics.csv, evaluating if it is time to. answers: the step's whole ones;
     if no reward has come in the first steps, it is said why."""
     every = setup.run.eval_every
