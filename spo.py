@@ -584,22 +584,17 @@ def places_of(rows: list[tuple[list[int], list[int]]], wrong_facts, tokenizer) -
 
     rows: (an answer's ids, the indices marked). wrong_facts: None on other tasks.
     """
-    kinds = ["begin a step", "state what the warm start has learned wrong"]
-    marked_count = all_count = 0
-    marked_on, all_on = Counter(), Counter()
-    for ids, marked in rows:
-        steps = {*common.step_starts(ids, tokenizer, "\n", max_steps=len(ids))}
-        results = fact_results(ids, wrong_facts or (), tokenizer)
-        marked_count += len(marked)
-        all_count += len(ids)
-        for kind, places in zip(kinds, (steps, results)):
-            marked_on[kind] += len(places & {*marked})
-            all_on[kind] += len(places)
-    shares = [
-        f"{marked_on[kind] / max(marked_count, 1):.0%} {kind} "
-        f"(of all tokens {all_on[kind] / all_count:.0%})"
-        for kind in (kinds[:1] if wrong_facts is None else kinds)
-    ]
+    steps = [common.step_starts(ids, tokenizer, "\n", max_steps=len(ids)) for ids, _ in rows]
+    kinds = {"begin a step": steps}
+    if wrong_facts is not None:
+        results = [fact_results(ids, wrong_facts, tokenizer) for ids, _ in rows]
+        kinds["state what the warm start has learned wrong"] = results
+    shares = []
+    for kind, places in kinds.items():
+        hits = sum(len({*found} & {*marked}) for found, (_, marked) in zip(places, rows))
+        share = hits / max(sum(len(marked) for _, marked in rows), 1)
+        of_all = sum(map(len, places)) / sum(len(ids) for ids, _ in rows)
+        shares.append(f"{share:.0%} {kind} (of all tokens {of_all:.0%})")
     return ", ".join(shares)
 
 
