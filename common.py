@@ -729,8 +729,7 @@ def warm_start(
     """Folder of the policy after `warm_start_steps` of supervised training, which is done to
     `model` in place; made once, then shared and reused.
 
-    Its name hashes all that shapes the result, and it appears by one rename, so a killed warm start
-    leaves none. Two runs may make the same one at once: what the first saves is kept.
+    Two runs may make the same one at once: what the first saves is kept.
     """
     device = model.device
     if compute.dtype == torch.float16 or device.type == "cpu":  # no scaler here; bf16 is slow there
