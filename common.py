@@ -596,18 +596,15 @@ def optimizer_step(
     left out, its norm is not finite. Raises FloatingPointError, with the weights as they were, if
     loss or norm are not finite otherwise.
     """
-    some = any(p.grad is not None for p in model.parameters())
-    if some:  # not so if no sample had signal; a scaler needs a gradient
-        scaler.unscale_(optimizer)
+    if all(p.grad is None for p in model.parameters()):  # no sample had signal: a scaler would
+        scaler = IDLE  # need a gradient, but without any step the schedule would warn
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     overflow = scaler.is_enabled() and scaler.get_scale() > 1  # excused: the scale can fall
     if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-    if some:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()  # changes nothing, but the schedule would warn without it
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
     if math.isfinite(norm):
         schedule.step()
@@ -1405,13 +1402,12 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
     except UnicodeEncodeError:
         raise BadInput("an argument is not text in UTF-8") from None
     given = parser.parse_known_args([word for word in typed if word not in ("-h", "--help")])[0]
-    if given.model:
-        tiny = tiny | dict(warm_start_steps=0)
-        parser.set_defaults(warm_start_steps=0)
     if given.model and given.data != "sums":
         parser.set_defaults(**LARGE | large)
     if given.tiny:
         parser.set_defaults(**tiny)
+    if given.model:
+        parser.set_defaults(warm_start_steps=0)
     if given.resume or (given.eval_only and not given.model):  # as the run began
         earlier = earlier_flags(parser, Path("runs", given.name), script)
         # What is to be evaluated is not the --model that the run began from.
