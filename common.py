@@ -611,9 +611,9 @@ def optimizer_step(
     return norm
 
 
-def averages(totals: Counter, per_update: tuple, per_token: tuple) -> dict:
+def averages(totals: Counter, per_token: tuple) -> dict:
     """What `update` has summed up, as means over its optimiser steps or its trained tokens."""
-    metrics = {key: totals[key] / max(totals["updates"], 1) for key in per_update}
+    metrics = {key: totals[key] / max(totals["updates"], 1) for key in ("loss", "grad_norm")}
     return metrics | {key: totals[key] / max(totals["tokens"], 1) for key in per_token}
 
 

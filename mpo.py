@@ -298,7 +298,7 @@ def update(
             model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
         )
         totals.update(updates=1, loss=loss_sum, grad_norm=norm)
-    metrics = common.averages(totals, ("loss", "grad_norm"), ("kl", "token_clip", "block_clip"))
+    metrics = common.averages(totals, ("kl", "token_clip", "block_clip"))
     for kind in ("token", "block"):  # var R = E[R^2] - E[R]^2
         mean = totals[f"{kind}_ratio"] / max(totals["tokens"], 1)
         square = totals[f"{kind}_ratio_squared"] / max(totals["tokens"], 1)

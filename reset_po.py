@@ -486,7 +486,7 @@ def update(
             model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
         )
         totals.update(updates=1, loss=loss_sum, grad_norm=norm)
-    return common.averages(totals, ("loss", "grad_norm"), ("clip_fraction",))
+    return common.averages(totals, ("clip_fraction",))
 
 
 # ---------------------------------------------------------------------- what is shown and logged

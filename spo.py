@@ -499,9 +499,8 @@ def update(
             model, optimizer, schedule, loss_sum, cfg.max_grad_norm, scaler
         )
         totals.update(updates=1, loss=loss_sum, grad_norm=norm)
-    per_update = ("loss", "grad_norm")
     per_token = ("kl", "clip_fraction", "kl_ref") if reference else ("kl", "clip_fraction")
-    return common.averages(totals, per_update, per_token)
+    return common.averages(totals, per_token)
 
 
 def diagnose(logprobs: Tensor, batch: Batch, mask: Tensor, clipped: Tensor) -> dict:
