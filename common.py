@@ -646,10 +646,11 @@ def user_turn(tokenizer, text: str) -> list[int]:
     """
     before, after = "", "\n"
     if tokenizer.chat_template:
-        chat = [dict(role="user", content=MARK)]
+        mark = "2718281828"  # stands for the text: templates trim or escape, but not this
+        chat = [dict(role="user", content=mark)]
         shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        if MARK in shown:
-            (before, _, after), text = shown.partition(MARK), text.strip()
+        if mark in shown:
+            (before, _, after), text = shown.partition(mark), text.strip()
 
     def read(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False).input_ids
@@ -660,9 +661,6 @@ def user_turn(tokenizer, text: str) -> list[int]:
         ids = [*read(before), *encode(tokenizer, text), *read(after)]
     start = tokenizer("").input_ids[:1]
     return start + ids if start == [tokenizer.bos_token_id] != ids[:1] else ids
-
-
-MARK = "2718281828"  # stands in a chat template for the text: templates trim or escape, not this
 
 
 def prompt_ids(tokenizer, problem: Problem, instruction: str = "") -> list[int]:
@@ -1579,8 +1577,7 @@ def warm_started(run: RunConfig, train: list[Problem], model, tokenizer, compute
     if run.model and not run.warm_start_steps:
         return model, tokenizer
     recompute_layers(model, run)
-    folder = warm_start(run, train, model, tokenizer, compute)
-    return load_policy(folder, model.device)
+    return load_policy(warm_start(run, train, model, tokenizer, compute), model.device)
 
 
 def recompute_layers(model, run: RunConfig) -> None:
