@@ -199,8 +199,7 @@ def packed(items: list, lengths: list[int], most: int) -> Iterator[list]:
 
 
 def decode(model, rollouts, budgets, eos, temperature, greedy, generator, bar) -> None:
-    """Extend the R `rollouts` in place, as one batch, a token at a time until all have ended, as
-    `bar` shows.
+    """Extend the R `rollouts` in place, as one batch, a token at a time until all have ended.
 
     Rollouts of one prefix that have drawn the same tokens so far have the same distribution of the
     next, so they share a row of the forward pass, from which each draws its own: S rows for S
@@ -335,8 +334,7 @@ def columns_before(x: Tensor, row: Tensor, end: Tensor, width: int) -> Tensor:
 
 
 def draw(model, hidden, row, temperature, greedy, generator) -> Tensor:
-    """(R,) the next token of each rollout. hidden: (S, H) states before it; row: (R,) the one of
-    each rollout."""
+    """(R,) next token of each rollout. hidden: (S, H) states before it; row: (R,) each one's."""
     rows, row = torch.unique(row, return_inverse=True)  # without those of other parts
     logits = head_logits(model, hidden[rows])  # (S, V)
     if greedy:
@@ -722,9 +720,7 @@ def warm_start(
     run: "RunConfig", problems: list[Problem], model, tokenizer, compute: Compute = Compute()
 ) -> Path:
     """Folder of the policy after `warm_start_steps` of supervised training, which is done to
-    `model` in place; made once, then shared and reused.
-
-    Two runs may make the same one at once: what the first saves is kept.
+    `model` in place; made once, then reused. Of two made at once the first that is saved is kept.
     """
     device = model.device
     if compute.dtype == torch.float16 or device.type == "cpu":  # no scaler here; bf16 is slow there
@@ -1657,8 +1653,7 @@ def saved_if_not_finite(setup: Setup, step: int, progress: dict) -> Iterator[Non
 
 
 def log_step(setup: Setup, step: int, bar, progress: dict, metrics: dict, answers: list) -> None:
-    """Add a step's row to metrics.csv, evaluating if it is time to. answers: the step's whole ones;
-    if no reward has come in the first steps, it is said why."""
+    """Add a step's row to metrics.csv, evaluating if it is time. answers: the step's whole ones."""
     every = setup.run.eval_every
     row = dict(step=step + 1) | metrics | dict(lr=setup.schedule.get_last_lr()[0])
     row["in_form"] = sum(in_form(r, setup.tokenizer) for r in answers) / len(answers)
@@ -1952,6 +1947,5 @@ def paint(text: str, credit: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters but line breaks: what a policy samples must not steer the
-    terminal."""
+    """`text` without control characters but line breaks: a policy must not steer the terminal."""
     return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text)
