@@ -594,8 +594,8 @@ def optimizer_step(
     left out, its norm is not finite. Raises FloatingPointError, with the weights as they were, if
     loss or norm are not finite otherwise.
     """
-    if all(p.grad is None for p in model.parameters()):  # no sample had signal: a scaler would
-        scaler = IDLE  # need a gradient, but without any step the schedule would warn
+    if all(p.grad is None for p in model.parameters()):
+        scaler = IDLE  # no sample had signal, and a scaler at work needs a gradient
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     overflow = scaler.is_enabled() and scaler.get_scale() > 1  # excused: the scale can fall
@@ -1499,9 +1499,10 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     compute = Compute(dtype=dtype, training_tokens=run.training_tokens)
     if not (run.resume or run.eval_only):
         model, tokenizer = warm_started(run, train, model, tokenizer, compute)
-    run.sampling_tokens = compute.sampling_tokens = run.sampling_tokens or sampling_tokens(
+    run.sampling_tokens = run.sampling_tokens or sampling_tokens(
         free_memory(device), model.num_parameters(), token_bytes(model, compute)
     )
+    compute.sampling_tokens = run.sampling_tokens
     recompute_layers(model, run)
     held_out = functools.partial(
         evaluate, model, tokenizer, test, samples=run.eval_samples,

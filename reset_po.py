@@ -477,7 +477,9 @@ def update(
         loss_sum = 0.0
         for micro in common.micro_batches(with_signal, compute.training_tokens):
             batch = common.collate(micro, model.device)
-            logprobs = common.token_logprobs(model, batch, cfg.temperature, compute=compute)
+            logprobs = common.token_logprobs(
+                model, batch, cfg.temperature, compute=compute
+            )  # (B, T)
             loss, clipped = reset_loss(logprobs, batch, len(minibatch), cfg.clip_eps)
             scaler.scale(loss).backward()
             loss_sum += loss.item()

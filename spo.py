@@ -482,7 +482,9 @@ def update(
         for micro in common.micro_batches(with_signal, compute.training_tokens):
             batch = common.collate(micro, model.device)
             mask = trained_tokens(batch, cfg)  # (B, T)
-            logprobs = common.token_logprobs(model, batch, cfg.temperature, compute=compute)
+            logprobs = common.token_logprobs(
+                model, batch, cfg.temperature, compute=compute
+            )  # (B, T)
             loss, clipped = spo_loss(logprobs, batch, mask, z, cfg.clip_eps)
             if reference:
                 with torch.no_grad():
