@@ -60,6 +60,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
@@ -1195,7 +1196,7 @@ def text_lengths(ids: list[int], tokenizer) -> list[int]:
     What a token adds shows behind the few before it: alone it may be part of a character, and the
     first one may lose its space. Decoding every prefix would take time with the square of T.
     """
-    stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+    stream = DecodeStream(skip_special_tokens=False)
     try:
         pieces = [stream.step(tokenizer.backend_tokenizer, id) or "" for id in ids]
     except Exception:  # one in Python alone, or a byte that is no text changes those before it

@@ -139,11 +139,6 @@ def test_curves_are_means_with_an_interval_of_95_percent(tmp_path):
         pictures.read_curves(path, "rounds")
 
 
-def test_labels_stand_apart_and_keep_their_order():
-    places = pictures.apart([0.9, 0.5, 0.51, 0.52], 0.06)
-    assert places == pytest.approx([0.9, 0.5, 0.56, 0.62])
-
-
 def test_pictures_without_input_are_named(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="tutorials/requirements.txt is not installed")
     monkeypatch.setattr(pictures, "ROOT", tmp_path)

@@ -423,33 +423,18 @@ def read_curves(path: Path, x: str) -> list[Curve]:
     return found
 
 
-def apart(places: list[float], gap: float) -> list[float]:
-    """The places, in their order, moved up where two are closer than the gap."""
-    moved = dict.fromkeys(range(len(places)), 0.0)
-    free = float("-inf")
-    for i in sorted(moved, key=lambda i: places[i]):
-        moved[i] = max(places[i], free)
-        free = moved[i] + gap
-    return [moved[i] for i in range(len(places))]
-
-
 def draw_panel(axis, found: list[Curve], label_of_x: str) -> None:
     from curves import style
 
-    last = max(curve.xs[-1] for curve in found)
-    behind = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)  # lines pass under labels
-    labels = apart([curve.means[-1] for curve in found], 0.06)
-    for i, (curve, y) in enumerate(zip(found, labels)):
+    for i, curve in enumerate(found):
         how = style(i)
         low = [max(0, mean - error) for mean, error in zip(curve.means, curve.errors)]
         high = [min(1, mean + error) for mean, error in zip(curve.means, curve.errors)]
         axis.fill_between(curve.xs, low, high, color=how["color"], alpha=0.15, linewidth=0)
-        axis.plot(curve.xs, curve.means, linewidth=2, **how)
-        axis.text(curve.xs[-1] + 0.02 * last, y, curve.label, color=how["color"], va="center",
-                  fontsize=11.5, weight="bold", bbox=behind)  # fmt: skip
-    axis.set(xlabel=label_of_x, xlim=(0, 1.36 * last), ylim=(0, 1.02))
+        axis.plot(curve.xs, curve.means, linewidth=2, label=curve.label, **how)
+    axis.set(xlabel=label_of_x, xlim=(0, None), ylim=(0, 1.02))
     axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1000:g}k" if n >= 1000 else f"{n:g}")
-    axis.set_xticks([tick for tick in axis.get_xticks() if 0 <= tick <= 1.02 * last])
+    axis.legend(loc="lower right", fontsize=12)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
