@@ -384,24 +384,6 @@ def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
     return lines
 
 
-def lead(names: list[str], kept: dict[str, Run]) -> str:
-    """In words, what each row of the front page shows beside its neighbour."""
-    said = []
-    for name in names:
-        _, results = results_of(name, kept)
-        for row in TABLES[name].rows:
-            if row.beside:
-                values = differences(row, results)
-                mine, theirs = (
-                    statistics.mean(run.tokens for run in results[which])
-                    for which in (row.name, row.beside)
-                )
-                what = f"**{row.name} {verdict(values)} {row.beside}**: {signed(values)}"
-                said.append(f"{what}, {higher(values)}, for {mine / theirs:.1f} times the tokens.")
-                said.append(f"{also(row, results)}.")
-    return "\n".join(said)
-
-
 def long_table(name: str, kept: dict[str, Run]) -> list[str]:
     """All there is to say of a table: rates, ranges over seeds, a sentence a row, and commands."""
     table = TABLES[name]
@@ -460,7 +442,7 @@ def front_page(readme: str, kept: dict[str, Run]) -> str:
         return readme
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    block = [BEGIN, lead(names, kept), "", *short_table(names, kept), END]
+    block = [BEGIN, *short_table(names, kept), END]
     return before + "\n".join(block) + after
 
 

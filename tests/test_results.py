@@ -140,9 +140,7 @@ def half_of(row, table) -> float:
 def test_a_table_that_lacks_a_run_is_left_out(table):
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     made = results.front_page(page, table)
-    said = "**b, c is ahead of a**: +0.105 [+0.101, +0.109], higher in 10 of 10 seeds, "
-    said += "for 2.0 times the tokens.\nHalf-way it is ahead of a, +0.105 [+0.101, +0.109]."
-    assert made.startswith(f"before\n{results.BEGIN}\n{said}\n\n| ") and "old" not in made
+    assert made.startswith(f"before\n{results.BEGIN}\n| ") and "old" not in made
     assert made.endswith(f" |\n{results.END}\nafter\n")
     assert results.front_page(made, table) == made
     lines = results.curves_file(table).splitlines()
