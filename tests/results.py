@@ -54,8 +54,7 @@ class Row(NamedTuple):
     name: str
     flags: str
     answers: str  # problems x answers, or leaves, of a round
-    beside: str = ""  # the row that it differs from in one thing
-    difference: str = ""  # which
+    beside: dict[str, str] = {}  # rows above that it is compared with -> the one thing that differs
 
 
 class Table(NamedTuple):
@@ -76,31 +75,36 @@ def mpo_rows(more: str) -> list[Row]:
         name = f"K = 5, {weights.replace('0.2', 'share 0.2')}"
         flags = f"--block_size 5 --weights {weights} {more}".strip()
         if more:  # the same without it came before
-            rows.append(Row(f"{name}, scaled eps", flags, "32 x 8", name, "eps scaled"))
+            rows.append(Row(f"{name}, scaled eps", flags, "32 x 8", {name: "eps scaled"}))
         else:
-            rows.append(Row(name, flags, "32 x 8", rows[0].name, "K and its weights"))
+            rows.append(Row(name, flags, "32 x 8", {rows[0].name: "K and its weights"}))
     return rows
 
 
 GRPO = "--partition trajectory"
-SPO_ROWS = [
-    Row("GRPO + mask", GRPO, "64 x 2"),
-    Row("SPO-chain", "", "64 x 2", "GRPO + mask", "a value for each segment"),
-]
+MASKED = Row("GRPO + mask", GRPO, "64 x 2")
+CHAIN = Row("SPO-chain", "", "64 x 2", {"GRPO + mask": "a value for each segment"})
 LONGER = Row(  # about as many tokens as the chain samples
-    "GRPO + mask, 160 rounds", f"{GRPO} --steps 160", "64 x 2", "SPO-chain",
-    "values' tokens spent on rounds",
-)  # fmt: skip
+    "GRPO + mask, 160 rounds", f"{GRPO} --steps 160", "64 x 2", {"GRPO + mask": "60 rounds more"}
+)
+FOR_TOKENS = {LONGER.name: "as many tokens: values, not rounds"}
 TABLES = dict(
-    spo=Table("SPO-chain beside GRPO", "spo", "", [*SPO_ROWS, LONGER], ("trained",)),
+    spo=Table(
+        "SPO-chain beside GRPO",
+        "spo",
+        "",
+        [MASKED, LONGER, CHAIN._replace(beside=CHAIN.beside | FOR_TOKENS)],
+        ("trained",),
+    ),
     mask=Table(
         "Without the mask",
         "spo",
         "",
         [
-            *SPO_ROWS,
-            Row("GRPO", f"{GRPO} --mask False", "64 x 2", "GRPO + mask", "no mask"),
-            Row("SPO-chain, mask off", "--mask False", "64 x 2", "SPO-chain", "no mask"),
+            MASKED,
+            CHAIN,
+            Row("GRPO", f"{GRPO} --mask False", "64 x 2", {"GRPO + mask": "no mask"}),
+            Row("SPO-chain, mask off", "--mask False", "64 x 2", {"SPO-chain": "no mask"}),
         ],
         ("trained",),
     ),
@@ -109,16 +113,20 @@ TABLES = dict(
         "spo",
         "",
         [
-            SPO_ROWS[1]._replace(beside="", difference=""),
+            CHAIN._replace(beside={}),
             Row(
                 "SPO-chain, 128 x 1",
                 "--prompts 128 --group_size 1",
                 "128 x 1",
-                "SPO-chain",
-                "each answer to another problem",
+                {"SPO-chain": "each answer to another problem"},
             ),
-            Row("SPO-chain, N = 8", "--continuations 8", "64 x 2", "SPO-chain", "N = 8, not 2"),
-            Row("line breaks", "--partition newline", "64 x 2", "SPO-chain", "VinePPO's partition"),
+            Row("SPO-chain, N = 8", "--continuations 8", "64 x 2", {"SPO-chain": "N = 8, not 2"}),
+            Row(
+                "line breaks",
+                "--partition newline",
+                "64 x 2",
+                {"SPO-chain": "VinePPO's partition"},
+            ),
         ],
         ("trained",),
     ),
@@ -132,15 +140,13 @@ TABLES = dict(
                 "SPO-tree, 2-2-2",
                 "--variant tree",
                 "32 x 8 leaves",
-                "GRPO + mask, 32 x 8",
-                "a tree for a group",
+                {"GRPO + mask, 32 x 8": "a tree for a group"},
             ),
             Row(
                 "SPO-tree, levels alike",
                 "--variant tree --level_weights True",
                 "32 x 8 leaves",
-                "SPO-tree, 2-2-2",
-                "--level_weights",
+                {"SPO-tree, 2-2-2": "--level_weights"},
             ),
         ],
         ("trained",),
@@ -151,9 +157,30 @@ TABLES = dict(
         SHORT,
         [
             Row("GRPO, groups of 8", "--method grpo", "32 x 8"),
-            Row("RRPO", "--method rrpo", "32 x 8", "GRPO, groups of 8", "half from a random step"),
-            Row("SRPO", "", "32 x 8", "RRPO", "the step it is unsure of"),
-            Row("SRPO, oracle", "--localiser oracle", "32 x 8", "SRPO", "the first wrong step"),
+            Row(
+                "RRPO",
+                "--method rrpo",
+                "32 x 8",
+                {"GRPO, groups of 8": "half from a random step"},
+            ),
+            Row(
+                "SRPO, uncertain",
+                "",
+                "32 x 8",
+                {
+                    "GRPO, groups of 8": "half from the step it is unsure of",
+                    "RRPO": "that step, not a random one",
+                },
+            ),
+            Row(
+                "SRPO, oracle",
+                "--localiser oracle",
+                "32 x 8",
+                {
+                    "GRPO, groups of 8": "half from the first wrong step",
+                    "SRPO, uncertain": "the true step, not the named one",
+                },
+            ),
         ],
         ("no_signal_base", "no_signal_reset"),
     ),
@@ -311,25 +338,25 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), half_interval(values)
 
 
-def pairs(row: Row, results: dict[str, list[Run]]) -> list[tuple[Run, Run]]:
-    """Of each seed the row's run, and that of the row beside it."""
-    beside = {run.seed: run for run in results[row.beside]}
-    return [(run, beside[run.seed]) for run in results[row.name]]
+def pairs(mine: list[Run], theirs: list[Run]) -> list[tuple[Run, Run]]:
+    """Of each seed one row's run, and the other's."""
+    beside = {run.seed: run for run in theirs}
+    return [(run, beside[run.seed]) for run in mine]
 
 
-def differences(row: Row, results: dict[str, list[Run]]) -> list[float]:
-    """Accuracy of the row less that of the one beside it, seed by seed."""
-    return [run.after - other.after for run, other in pairs(row, results)]
+def differences(mine: list[Run], theirs: list[Run]) -> list[float]:
+    """Accuracy of one row less that of the other, seed by seed."""
+    return [run.after - other.after for run, other in pairs(mine, theirs)]
 
 
-def half_way(row: Row, results: dict[str, list[Run]]) -> list[float]:
+def half_way(mine: list[Run], theirs: list[Run]) -> list[float]:
     """The differences at half of each row's rounds, on straight lines between evaluations."""
 
     def middle(run: Run) -> float:
         curve = [(rounds, held_out) for rounds, _, _, held_out in run.curve]
         return between(curve, curve[-1][0] / 2)
 
-    return [middle(run) - middle(other) for run, other in pairs(row, results)]
+    return [middle(run) - middle(other) for run, other in pairs(mine, theirs)]
 
 
 def verdict(values: list[float]) -> str:
@@ -349,11 +376,6 @@ def higher(values: list[float]) -> str:
     return f"higher in {sum(value > 0 for value in values)} of {len(values)} seeds"
 
 
-def also(row: Row, results: dict[str, list[Run]]) -> str:
-    early = half_way(row, results)
-    return f"Half-way it {verdict(early)} {row.beside}, {signed(early)}"
-
-
 def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[str, list[Run]]]:
     """The rate of each row, and its runs with that rate, one a seed. Raises KeyError if one is
     missing."""
@@ -362,25 +384,29 @@ def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[
     return rates, {row.name: runs_of(name, row, rates[row.name], SEEDS, kept) for row in rows}
 
 
-def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
+def short_tables(names: list[str], kept: dict[str, Run]) -> list[str]:
     """The front page's: what was trained on, what it took, what came, and beside what."""
-    lines = [
-        "| | problems x answers | tokens in all | held-out accuracy | lowest seed "
-        "| differs from above by | effect |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name in names:
-        _, results = results_of(name, kept)
-        for row in TABLES[name].rows:
+        table, (_, results) = TABLES[name], results_of(name, kept)
+        rounds = results[table.rows[0].name][0].curve[-1][0]
+        lines += [
+            f"{table.title}, `{table.script}.py`, {rounds:.0f} rounds:",
+            "",
+            "| | answers | tokens | held-out accuracy | lowest seed | less that of |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in table.rows:
             runs = results[row.name]
             tokens = statistics.mean(run.tokens for run in runs) / 1e6
             mean, half = interval([run.after for run in runs])
-            effect = ("", "")
-            if row.beside:
-                effect = row.difference, signed(differences(row, results))
+            effects = [
+                f"{other}: {signed(differences(runs, results[other]))}" for other in row.beside
+            ]
             cells = [row.name, row.answers, f"{tokens:.2f} M", f"{mean:.3f} ± {half:.3f}"]
-            cells += [f"{min(run.after for run in runs):.3f}", *effect]
+            cells += [f"{min(run.after for run in runs):.3f}", "; ".join(effects)]
             lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
     return lines
 
 
@@ -405,10 +431,12 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for row in table.rows:
-        if row.beside:
-            values = differences(row, results)
-            said = f"**{row.name}** {verdict(values)} {row.beside} ({row.difference})"
-            lines.append(f"* {said}: {signed(values)}, {higher(values)}. {also(row, results)}.")
+        for other, difference in row.beside.items():
+            values = differences(results[row.name], results[other])
+            early = half_way(results[row.name], results[other])
+            said = f"**{row.name}** {verdict(values)} {other} ({difference})"
+            then = f"Half-way it {verdict(early)} {other}, {signed(early)}"
+            lines.append(f"* {said}: {signed(values)}, {higher(values)}. {then}.")
     lines += ["", "Accuracy at each rate on the seeds that choose it:", ""]
     lines += [f"| | {' | '.join(f'{lr:g}' for lr in RATES)} |", "|---" * (1 + len(RATES)) + "|"]
     for row in table.rows:
@@ -442,7 +470,7 @@ def front_page(readme: str, kept: dict[str, Run]) -> str:
         return readme
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    block = [BEGIN, *short_table(names, kept), END]
+    block = [BEGIN, *short_tables(names, kept), END]
     return before + "\n".join(block) + after
 
 

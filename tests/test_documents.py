@@ -134,7 +134,8 @@ def test_commands_are_found():
 
 
 def test_the_front_page_is_one_screen_of_these_parts():
-    assert len(FRONT.split()) <= 1500 and FRONT.count("\n") <= 180
+    words = re.findall(r"\S*\w\S*", FRONT)  # the bars of tables are none
+    assert len(words) <= 1500 and FRONT.count("\n") <= 180
     assert re.findall(r"^## (.*)$", FRONT, re.MULTILINE) == [
         "Run it", "Results", "Why trust it", "Your model, your data", "How to read it",
         "Questions", "Beyond one GPU", "Names that clash, and how to cite",

@@ -25,7 +25,7 @@ def a_run(lr=5e-4, seed=0, after=0.5, command="", **other) -> Run:
 @pytest.fixture
 def table(monkeypatch):
     """Two rows, and every run of theirs: accuracy by row, rate and seed is what `after` says."""
-    rows = [Row("a", "--mask False", "2 x 2"), Row("b, c", "", "2 x 2", "a", "the mask")]
+    rows = [Row("a", "--mask False", "2 x 2"), Row("b, c", "", "2 x 2", {"a": "the mask"})]
     monkeypatch.setattr(results, "TABLES", {"t": Table("Title", "spo", "", rows, ("trained",))})
     monkeypatch.setattr(results, "FRONT", ("t",))
     kept = {}
@@ -60,9 +60,8 @@ def test_the_rate_is_the_best_on_average_on_seeds_that_the_table_does_not_use(ta
 
 def test_differences_are_paired_by_seed_with_students_interval(table):
     _, found = results.results_of("t", table)
-    row = results.TABLES["t"].rows[1]
     found["a"].reverse()  # whatever their order
-    values = results.differences(row, found)
+    values = results.differences(found["b, c"], found["a"])
     assert values == pytest.approx([0.1, 0.11] * 5)
     mean, half = results.interval(values)
     s = (10 * 0.005**2 / 9) ** 0.5
@@ -79,10 +78,9 @@ def test_rows_are_compared_half_way_by_hand():
     fast = a_run(after=0.8)._replace(curve=curve)
     curve = [[0, 0, 0, 0.2], [40, 200, 1, 0.4], [80, 400, 2, 0.5], [160, 800, 4, 0.6]]
     slow = a_run(after=0.6)._replace(curve=curve)
-    row, found = Row("b", "", "", "a", "x"), {"a": [slow], "b": [fast]}
-    assert results.half_way(row, found) == pytest.approx([0.6 - 0.5])
+    assert results.half_way([fast], [slow]) == pytest.approx([0.6 - 0.5])
     slow.curve[-1][0] = 140
-    assert results.half_way(row, found) == pytest.approx([0.6 - 0.475])
+    assert results.half_way([fast], [slow]) == pytest.approx([0.6 - 0.475])
 
 
 def test_only_an_interval_without_0_makes_a_claim():
@@ -118,10 +116,11 @@ def test_a_table_says_what_its_runs_came_to(table):
         f"python spo.py --mask False {results.ALL} --lr 0.00025 --seed 0",
         f"python spo.py {results.ALL} --lr 0.001 --seed 0",
     ]
-    short = results.short_table(["t"], table)
-    assert short[2].startswith("| a | 2 x 2 | 1.23 M | 0.390 ± ")
-    assert short[2].endswith(" | 0.300 |  |  |")
-    assert short[3].endswith("| the mask | +0.105 [+0.101, +0.109] |")
+    short = results.short_tables(["t"], table)
+    assert short[0] == "Title, `spo.py`, 60 rounds:"
+    assert short[4].startswith("| a | 2 x 2 | 1.23 M | 0.390 ± ")
+    assert short[4].endswith(" | 0.300 |  |")
+    assert short[5].endswith("| a: +0.105 [+0.101, +0.109] |")
 
 
 def test_a_column_that_a_row_does_not_have_is_empty(table):
@@ -140,8 +139,8 @@ def half_of(row, table) -> float:
 def test_a_table_that_lacks_a_run_is_left_out(table):
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     made = results.front_page(page, table)
-    assert made.startswith(f"before\n{results.BEGIN}\n| ") and "old" not in made
-    assert made.endswith(f" |\n{results.END}\nafter\n")
+    assert made.startswith(f"before\n{results.BEGIN}\nTitle, ") and "old" not in made
+    assert made.endswith(f" |\n\n{results.END}\nafter\n")
     assert results.front_page(made, table) == made
     lines = results.curves_file(table).splitlines()
     assert lines[0] == "table,row,seed,rounds,tokens,seconds,held_out" and len(lines) == 1 + 60
@@ -167,7 +166,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 import results
 from pathlib import Path
 from results import Row, Table
-rows = [Row("one", "--group_size 4", "2 x 4"), Row("two", "--group_size 2", "2 x 2", "one", "half")]
+rows = [Row("one", "--group_size 4", "2 x 4"), Row("two", "--group_size 2", "2 x 2", {{"one": "half"}})]
 results.TABLES = dict(t=Table("Title", "spo", {LEAST!r}, rows, ("trained", "held_out")))
 results.ALL = "--eval_problems 5 --eval_every 2 --show_every 0"
 results.RATES, results.RATE_SEEDS, results.SEEDS = (1e-3, 2e-3), (7,), (0, 1)
@@ -205,7 +204,7 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
         evaluated = [point[3] for point in run.curve[1:]]  # one round of three has no value
         assert run.means["held_out"] == pytest.approx(sum(evaluated) / 2)
     front = (tmp_path / "README.md").read_text()
-    assert "| two | 2 x 2 | 0.00 M |" in front and "| half |" in front
+    assert "| two | 2 x 2 | 0.00 M |" in front and "| one: " in front
     assert "## Title" in (tmp_path / "tables.md").read_text()
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
     before = (tmp_path / "runs.csv").read_bytes()
@@ -230,8 +229,7 @@ def test_every_row_has_a_command_and_one_that_it_stands_beside(name, monkeypatch
     assert len({*names}) == len(names)
     module = results.SCRIPTS[table.script]
     for row in table.rows:
-        assert not row.beside or row.beside in names[: names.index(row.name)]
-        assert bool(row.beside) == bool(row.difference)
+        assert {*row.beside} <= {*names[: names.index(row.name)]} and all(row.beside.values())
         told = results.command(table, row, 5e-4, 3).split()
         monkeypatch.setattr(sys, "argv", told[1:])
         cfg, run = common.parse_args(module.Config, table.script, "", module.TINY, module.LARGE)

@@ -132,7 +132,7 @@ def build(folder: Path, runs: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python tutorials/edition.py FOLDER")
     folder = Path(sys.argv[1])
     if folder.exists():
@@ -140,6 +140,10 @@ def main() -> None:
     build(folder, Path("runs"))
     count = len([*folder.glob("2_bug_lab/runs/lab-*")])
     print(f"{folder}: 1_assignment with notebooks to read, 2_bug_lab with {count} runs of the lab")
+    if not count:
+        print(
+            "without runs the lab cannot be done: first make them, python tutorials/bug_lab/figures.py"
+        )
 
 
 if __name__ == "__main__":

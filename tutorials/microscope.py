@@ -31,9 +31,8 @@ ratios are 1 and nothing is clipped (tests/test_microscope.py compares it with `
     python tutorials/microscope.py --only signs noise lengths
     python tutorials/microscope.py --tiny --out /tmp/x    seconds: does it run?
 
-Of processor time on one slow core (not run whole yet: computed from single batches) `cosines` takes
-40 minutes, of which the first 13 methods take 30, `signs` and `noise` 5 each, `lengths` 35, half of
-it for the warm starts of the long answers. Policies, truths and the run that trains half-way and
+Of processor time on one core `cosines` takes half an hour, `signs` three minutes, `noise` eight, and
+`lengths` (not run yet: computed from single batches) 35. Policies, truths and the run that trains half-way and
 late are kept in runs/. Each row goes to its
 table in --out (tutorials/results/) as soon as it is known, and what is there is not computed again;
 delete a table to have it anew. Last come microscope.md, microscope.png and signs.png, from all rows
@@ -125,7 +124,7 @@ ROWS = {  # method -> its table in curves.csv, and its row there
     "tree 2-2-2, levels alike": ("tree", "SPO-tree, levels alike"),
     "GRPO 32x8, mean a rollout": ("resets", "GRPO, groups of 8"),
     "RRPO 4 + 4": ("resets", "RRPO"),
-    "SRPO uncertain 4 + 4": ("resets", "SRPO"),
+    "SRPO uncertain 4 + 4": ("resets", "SRPO, uncertain"),
     "SRPO oracle 4 + 4": ("resets", "SRPO, oracle"),
 }
 SHORT = ("tree", "resets")  # the tables of 50 rounds, where the others have 100

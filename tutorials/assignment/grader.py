@@ -325,14 +325,16 @@ def copies(source: bytes) -> list[tuple[str, str, float]]:
 
 
 def without_copies(results: list[Result], found) -> tuple[list[Result], list[str]]:
-    """Exact copies of long functions get nothing; nor do those of short ones, which may be chance,
-    once three long ones are there. All that is very like is named."""
+    """Exact copies of long functions get nothing; nor do those of short ones, which may be chance
+    and are not named, once three long ones are there. Long ones that are very like are named."""
     exact = {name: theirs for name, theirs, ratio in found if ratio == 1}
     long = {name for name in exact if len(projects()[name]) >= LONG}
     guilty = {*exact} if len(long) >= 3 else long
     notes = [f"{t} is {r:.0%} like the project's {name}" for name, t, r in found if r < 1]
-    if exact:
-        notes[:0] = [f"copies of the project's {', '.join(exact)}"]
+    if guilty:
+        notes[:0] = [
+            f"copies of the project's {', '.join(name for name in exact if name in guilty)}"
+        ]
     blank = "a copy of the project's own function"
     kept = [r._replace(points=0.0, message=blank) if r.name in guilty else r for r in results]
     return kept, notes

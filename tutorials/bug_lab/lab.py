@@ -91,8 +91,8 @@ def main() -> None:
         sys.exit(not check(args.bug))
     if args.script in (None, script):  # where a bug shows only under some flags, with them
         flags = [*needed.split(), *flags]
-    both = [run(args.script or script, bug, flags) for bug in (0, args.bug)]
-    compare(*both, args.bug)
+    broken = run(args.script or script, args.bug, flags)  # first: a copy without bugs says so now
+    compare(run(args.script or script, 0, flags), broken, args.bug)
 
 
 if __name__ == "__main__":
