@@ -551,7 +551,7 @@ def test_the_kept_page_says_what_the_kept_tables_say(tmp_path, monkeypatch):
     results = ROOT / "tutorials" / "results"
     for name in ("dots_picture", "signs_picture"):
         monkeypatch.setattr(microscope, name, lambda *_: None)
-    for path in results.glob("microscope_*.csv"):
+    for path in [*results.glob("microscope_*.csv"), results / "curves.csv"]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     microscope.write(tmp_path)
     made = (tmp_path / "microscope.md").read_text("utf-8")
