@@ -17,9 +17,11 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +65,7 @@ class Table(NamedTuple):
     flags: str  # of all rows
     rows: list[Row]
     columns: tuple[str, ...] = ()  # of metrics.csv, whose means over the run are shown too
+    rates: tuple[float, ...] = RATES  # one: nothing to choose
 
 
 MPO_COLUMNS = ("token_ratio_var", "block_ratio_var", "token_clip", "block_clip")
@@ -93,23 +96,16 @@ TABLES = dict(
         "SPO-chain beside GRPO",
         "spo",
         "",
-        [MASKED, LONGER, CHAIN._replace(beside=CHAIN.beside | FOR_TOKENS)],
-        ("trained",),
-    ),
-    mask=Table(
-        "Without the mask",
-        "spo",
-        "",
         [
             MASKED,
-            CHAIN,
             Row("GRPO", f"{GRPO} --mask False", "64 x 2", {"GRPO + mask": "no mask"}),
-            Row("SPO-chain, mask off", "--mask False", "64 x 2", {"SPO-chain": "no mask"}),
+            LONGER,
+            CHAIN._replace(beside=CHAIN.beside | FOR_TOKENS),
         ],
         ("trained",),
     ),
     values=Table(
-        "Other problems, values and cuts",
+        "Other problems and other cuts",
         "spo",
         "",
         [
@@ -120,7 +116,6 @@ TABLES = dict(
                 "128 x 1",
                 {"SPO-chain": "each answer to another problem"},
             ),
-            Row("SPO-chain, N = 8", "--continuations 8", "64 x 2", {"SPO-chain": "N = 8, not 2"}),
             Row(
                 "line breaks",
                 "--partition newline",
@@ -184,6 +179,22 @@ TABLES = dict(
         ],
         ("no_signal_base", "no_signal_reset"),
     ),
+    resets_long=Table(
+        "Resets, the default number of rounds",
+        "reset_po",
+        "",
+        [
+            Row("RRPO, 80 rounds", "--method rrpo", "32 x 8"),
+            Row(
+                "SRPO, 80 rounds",
+                "",
+                "32 x 8",
+                {"RRPO, 80 rounds": "from the step it is unsure of, not a random one"},
+            ),
+        ],
+        ("no_signal_base", "no_signal_reset"),
+        (5e-4,),
+    ),
     mpo=Table("MPO: K and the weights", "mpo", SHORT, mpo_rows(""), MPO_COLUMNS),
     mpo_far=Table(
         "MPO far off-policy: 16 updates a round",
@@ -219,8 +230,10 @@ def command(table: Table, row: Row, lr: float, seed: int) -> str:
 
 
 def start(script: str, flags: list[str]) -> None:
-    """Run a script's main in a fork of this process, which has imported everything already. Seconds
-    are the processor's, whatever else the machine does. Raises RuntimeError if the run fails."""
+    """Run a script's main in a fork of this process, which has imported everything already, in place
+    of what an interrupted run has left. Seconds are the processor's, whatever else the machine does.
+    Raises RuntimeError if the run fails."""
+    shutil.rmtree(Path("runs", flags[-1]), ignore_errors=True)
     pid = os.fork()
     if not pid:
         # It prints into a file beside its folder.
@@ -232,20 +245,22 @@ def start(script: str, flags: list[str]) -> None:
         try:
             SCRIPTS[script].main()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(1)
     if os.waitpid(pid, 0)[1]:
         raise RuntimeError(f"failed: {script}.py {' '.join(flags)}")
 
 
 def make(job: tuple[str, Row, float, int]) -> Run:
-    """Run a row's command, in a folder that says which it is; what has ended is not run again."""
+    """Run a row's command, in a folder that says which it is."""
     name, row, lr, seed = job
     table = TABLES[name]
     told = command(table, row, lr, seed)
     folder = Path("runs", f"{name}-{table.rows.index(row)}-{lr:g}-{seed}")
-    if not (folder / "summary.json").exists():
-        start(table.script, [*told.split()[2:], "--name", folder.name])
+    start(table.script, [*told.split()[2:], "--name", folder.name])
     facts = json.loads((folder / "summary.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -309,9 +324,10 @@ def make_missing(what: str, jobs: list[tuple], kept: dict[str, Run], path: Path)
 
 
 def make_table(name: str, kept: dict[str, Run], path: Path) -> None:
-    rows = TABLES[name].rows
-    rates = [(name, row, lr, seed) for seed in RATE_SEEDS for row in rows for lr in RATES]
-    make_missing(f"{name}: rates", rates, kept, path)
+    rows, rates = TABLES[name].rows, TABLES[name].rates
+    if len(rates) > 1:
+        jobs = [(name, row, lr, seed) for seed in RATE_SEEDS for row in rows for lr in rates]
+        make_missing(f"{name}: rates", jobs, kept, path)
     chosen = {row.name: chosen_rate(name, row, kept) for row in rows}
     jobs = [(name, row, chosen[row.name], seed) for seed in SEEDS for row in rows]
     make_missing(f"{name}: seeds", jobs, kept, path)
@@ -330,7 +346,8 @@ def chosen_rate(name: str, row: Row, kept: dict[str, Run]) -> float:
     def mean(lr: float) -> float:
         return statistics.mean(run.after for run in runs_of(name, row, lr, RATE_SEEDS, kept))
 
-    return max(RATES, key=mean)  # the first of equals
+    rates = TABLES[name].rates
+    return max(rates, key=mean) if len(rates) > 1 else rates[0]  # the first of equals
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -437,17 +454,25 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
             said = f"**{row.name}** {verdict(values)} {other} ({difference})"
             then = f"Half-way it {verdict(early)} {other}, {signed(early)}"
             lines.append(f"* {said}: {signed(values)}, {higher(values)}. {then}.")
-    lines += ["", "Accuracy at each rate on the seeds that choose it:", ""]
-    lines += [f"| | {' | '.join(f'{lr:g}' for lr in RATES)} |", "|---" * (1 + len(RATES)) + "|"]
-    for row in table.rows:
-        cells = [row.name]
-        for lr in RATES:
-            runs = runs_of(name, row, lr, RATE_SEEDS, kept)
-            cells.append(", ".join(f"{run.after:.3f}" for run in runs))
-        lines.append(f"| {' | '.join(cells)} |")
+    if len(table.rates) > 1:
+        lines += rates_table(name, kept)
     lines += ["", "The commands, of seed 0:", ""]
     for row in table.rows:
         lines.append(f"    {command(table, row, rates[row.name], SEEDS[0])}")
+    return lines
+
+
+def rates_table(name: str, kept: dict[str, Run]) -> list[str]:
+    """Accuracy at each rate, of both seeds."""
+    rates = TABLES[name].rates
+    lines = ["", "Accuracy at each rate on the seeds that choose it:", ""]
+    lines += [f"| | {' | '.join(f'{lr:g}' for lr in rates)} |", "|---" * (1 + len(rates)) + "|"]
+    for row in TABLES[name].rows:
+        cells = [row.name]
+        for lr in rates:
+            runs = runs_of(name, row, lr, RATE_SEEDS, kept)
+            cells.append(", ".join(f"{run.after:.3f}" for run in runs))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

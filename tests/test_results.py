@@ -132,6 +132,22 @@ def test_a_column_that_a_row_does_not_have_is_empty(table):
     assert rows[2].startswith("| b, c |") and rows[2].endswith("| 60 | 3 |")
 
 
+def test_a_table_of_one_rate_needs_no_runs_that_choose(table, monkeypatch):
+    alone = results.TABLES["t"]._replace(rates=(5e-4,))
+    monkeypatch.setattr(results, "TABLES", {"t": alone})
+    kept = {told: run for told, run in table.items() if run.seed not in results.RATE_SEEDS}
+    rates, found = results.results_of("t", kept)
+    assert rates == {"a": 5e-4, "b, c": 5e-4}
+    assert {run.lr for runs in found.values() for run in runs} == {5e-4}
+    text = "\n".join(results.long_table("t", kept))
+    assert "| a | 0.0005 |" in text and "on the seeds that choose" not in text
+    made = []
+    monkeypatch.setattr(results, "make_missing", lambda what, jobs, *_: made.append((what, jobs)))
+    results.make_table("t", kept, None)
+    assert [what for what, _ in made] == ["t: seeds"] and len(made[0][1]) == 2 * 10
+    assert {lr for _, _, lr, _ in made[0][1]} == {5e-4}
+
+
 def half_of(row, table) -> float:
     return results.interval([run.after for run in results.results_of("t", table)[1][row]])[1]
 
@@ -167,9 +183,9 @@ import results
 from pathlib import Path
 from results import Row, Table
 rows = [Row("one", "--group_size 4", "2 x 4"), Row("two", "--group_size 2", "2 x 2", {{"one": "half"}})]
-results.TABLES = dict(t=Table("Title", "spo", {LEAST!r}, rows, ("trained", "held_out")))
+results.TABLES = dict(t=Table("Title", "spo", {LEAST!r}, rows, ("trained", "held_out"), (1e-3, 2e-3)))
 results.ALL = "--eval_problems 5 --eval_every 2 --show_every 0"
-results.RATES, results.RATE_SEEDS, results.SEEDS = (1e-3, 2e-3), (7,), (0, 1)
+results.RATE_SEEDS, results.SEEDS = (7,), (0, 1)
 results.FRONT, results.RESULTS, results.ROOT = ("t",), Path("."), Path(".")
 results.main()
 """
