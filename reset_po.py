@@ -431,7 +431,7 @@ def assign_credit(
     # This also fills in the old log-probs, which localisers and a clip look at.
     entropy = common.score(model, every, cfg.temperature, compute)
     base, seed_problems, seeds = [], [], []
-    for problem, rollouts, samples, plan in zip(problems, drawn, answers, plans):
+    for problem, rollouts, samples, plan in zip(problems, drawn, answers, plans, strict=True):
         for i in plan.seeds:
             seed_problems.append(problem)
             seeds.append(samples[i])

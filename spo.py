@@ -344,7 +344,7 @@ def assign_credit(
         tokens = 0
     else:
         states = []
-        for s, true_answer, starts in zip(samples, true_answers, all_starts):
+        for s, true_answer, starts in zip(samples, true_answers, all_starts, strict=True):
             states += [(s.context, s.ids[:t], true_answer) for t in starts]
         values, tokens = estimate_values(model, tokenizer, states, cfg, generator, compute)
     credited, used = [], 0  # used: how many of `values`, which has one per boundary, in order

@@ -679,6 +679,8 @@ def settled(model, monkeypatch, rewards, cfg):
     problems = [Problem("", "", "")] * len(rewards)
     generator = torch.Generator().manual_seed(0)
     given = reset_po.assign_credit(model, None, problems, drawn, plans, cfg, generator)
+    with pytest.raises(ValueError, match="zip"):  # as many of each
+        reset_po.assign_credit(model, None, problems[1:], drawn, plans, cfg, generator)
     return drawn, plans, given
 
 

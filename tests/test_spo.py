@@ -251,6 +251,9 @@ def test_credit_cuts_right_before_the_unsure_tokens(model, monkeypatch):
     assert any(a.starts for a in credit.answers) and asked == states
     assert credit.tokens == total + 17
     assert credit.entropy == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+    for wrong in (6, 24):  # a true answer for each prompt, say, not for each rollout
+        with pytest.raises(ValueError, match="zip"):
+            spo.assign_credit(model, None, rollouts, ["x"] * wrong, cfg, None)
 
 
 def test_interval_thins_the_boundaries(model, monkeypatch):
