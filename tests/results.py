@@ -44,7 +44,7 @@ RATE_SEEDS, SEEDS = (100, 101), tuple(range(10))
 ALL = "--eval_problems 150 --eval_every 25 --show_every 0"
 SHORT = "--steps 50"  # for who learns faster; longer runs meet near 1
 BEGIN, END = "<!-- results: made by tests/results.py -->", "<!-- end of results -->"
-FRONT = ("spo", "tree", "resets")  # the tables whose rows the front page shows
+FRONT = ("spo", "tree", "resets", "mpo")  # the tables whose rows the front page shows
 MEANS = ("before", "after", "in_form", "tokens", "seconds")
 LEGEND = (
     "After: mean over ten seeds ± half a 95 % interval. Effect: of the paired differences, with "
@@ -86,6 +86,7 @@ def mpo_rows(more: str) -> list[Row]:
 
 GRPO = "--partition trajectory"
 MASKED = Row("GRPO + mask", GRPO, "64 x 2")
+UNMASKED = Row("GRPO", f"{GRPO} --mask False", "64 x 2", {"GRPO + mask": "no mask"})
 CHAIN = Row("SPO-chain", "", "64 x 2", {"GRPO + mask": "a value for each segment"})
 LONGER = Row(  # about as many tokens as the chain samples
     "GRPO + mask, 160 rounds", f"{GRPO} --steps 160", "64 x 2", {"GRPO + mask": "60 rounds more"}
@@ -98,11 +99,30 @@ TABLES = dict(
         "",
         [
             MASKED,
-            Row("GRPO", f"{GRPO} --mask False", "64 x 2", {"GRPO + mask": "no mask"}),
+            UNMASKED,
             LONGER,
             CHAIN._replace(beside=CHAIN.beside | FOR_TOKENS),
         ],
         ("trained",),
+    ),
+    norm=Table(
+        "What the mask does: the norm of the gradient",
+        "spo",
+        "",
+        [
+            MASKED,
+            UNMASKED,
+            Row(
+                "GRPO, norm 0.025",
+                f"{GRPO} --mask False --max_grad_norm 0.025",
+                "64 x 2",
+                {
+                    "GRPO": "--max_grad_norm",
+                    "GRPO + mask": "no mask, and about as many gradients scaled down",
+                },
+            ),
+        ],
+        ("grad_norm",),
     ),
     values=Table(
         "Other problems and other cuts",
@@ -401,29 +421,25 @@ def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[
     return rates, {row.name: runs_of(name, row, rates[row.name], SEEDS, kept) for row in rows}
 
 
-def short_tables(names: list[str], kept: dict[str, Run]) -> list[str]:
+def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
     """The front page's: what was trained on, what it took, what came, and beside what."""
-    lines = []
+    lines = [
+        "| | script, rounds | answers | tokens | held-out accuracy | lowest seed | less that of |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in names:
         table, (_, results) = TABLES[name], results_of(name, kept)
-        rounds = results[table.rows[0].name][0].curve[-1][0]
-        lines += [
-            f"{table.title}, `{table.script}.py`, {rounds:.0f} rounds:",
-            "",
-            "| | answers | tokens | held-out accuracy | lowest seed | less that of |",
-            "|---|---|---|---|---|---|",
-        ]
         for row in table.rows:
             runs = results[row.name]
-            tokens = statistics.mean(run.tokens for run in runs) / 1e6
+            rounds, tokens = runs[0].curve[-1][0], statistics.mean(run.tokens for run in runs)
             mean, half = interval([run.after for run in runs])
             effects = [
                 f"{other}: {signed(differences(runs, results[other]))}" for other in row.beside
             ]
-            cells = [row.name, row.answers, f"{tokens:.2f} M", f"{mean:.3f} ± {half:.3f}"]
+            cells = [row.name, f"`{table.script}`, {rounds:.0f}", row.answers]
+            cells += [f"{tokens / 1e6:.2f} M", f"{mean:.3f} ± {half:.3f}"]
             cells += [f"{min(run.after for run in runs):.3f}", "; ".join(effects)]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
     return lines
 
 
@@ -495,7 +511,7 @@ def front_page(readme: str, kept: dict[str, Run]) -> str:
         return readme
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    block = [BEGIN, *short_tables(names, kept), END]
+    block = [BEGIN, *short_table(names, kept), END]
     return before + "\n".join(block) + after
 
 

@@ -116,11 +116,12 @@ def test_a_table_says_what_its_runs_came_to(table):
         f"python spo.py --mask False {results.ALL} --lr 0.00025 --seed 0",
         f"python spo.py {results.ALL} --lr 0.001 --seed 0",
     ]
-    short = results.short_tables(["t"], table)
-    assert short[0] == "Title, `spo.py`, 60 rounds:"
-    assert short[4].startswith("| a | 2 x 2 | 1.23 M | 0.390 ± ")
-    assert short[4].endswith(" | 0.300 |  |")
-    assert short[5].endswith("| a: +0.105 [+0.101, +0.109] |")
+    short = results.short_table(["t"], table)
+    assert short[2].startswith("| a | `spo`, 60 | 2 x 2 | 1.23 M | 0.390 ± ")
+    assert short[2].endswith(" | 0.300 |  |")
+    assert short[3].startswith("| b, c | `spo`, 60 | 2 x 2 | 2.47 M | 0.495 ± ")
+    assert short[3].endswith("| a: +0.105 [+0.101, +0.109] |") and len(short) == 4
+    assert results.short_table(["t", "t"], table) == [*short, *short[2:]]
 
 
 def test_a_column_that_a_row_does_not_have_is_empty(table):
@@ -155,8 +156,8 @@ def half_of(row, table) -> float:
 def test_a_table_that_lacks_a_run_is_left_out(table):
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     made = results.front_page(page, table)
-    assert made.startswith(f"before\n{results.BEGIN}\nTitle, ") and "old" not in made
-    assert made.endswith(f" |\n\n{results.END}\nafter\n")
+    assert made.startswith(f"before\n{results.BEGIN}\n| | script") and "old" not in made
+    assert made.endswith(f" |\n{results.END}\nafter\n")
     assert results.front_page(made, table) == made
     lines = results.curves_file(table).splitlines()
     assert lines[0] == "table,row,seed,rounds,tokens,seconds,held_out" and len(lines) == 1 + 60
@@ -220,7 +221,7 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
         evaluated = [point[3] for point in run.curve[1:]]  # one round of three has no value
         assert run.means["held_out"] == pytest.approx(sum(evaluated) / 2)
     front = (tmp_path / "README.md").read_text()
-    assert "| two | 2 x 2 | 0.00 M |" in front and "| one: " in front
+    assert "| two | `spo`, 3 | 2 x 2 | 0.00 M |" in front and "| one: " in front
     assert "## Title" in (tmp_path / "tables.md").read_text()
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
     before = (tmp_path / "runs.csv").read_bytes()
