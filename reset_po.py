@@ -101,7 +101,7 @@ class Config:
     epochs: int = arg(1, "passes over each round's rollouts", low=1)
     steps: int = arg(80, "rounds of sampling and training", low=1)
     lr: float = arg(
-        1e-3, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
+        5e-4, "AdamW's highest learning rate; from there it falls linearly to 0", above=0
     )
     warmup_updates: int = arg(10, "updates over which the learning rate rises from 0", low=0)
     clip_eps: float = arg(
@@ -140,8 +140,8 @@ class Config:
 
 # --tiny sets these defaults of Config and of common.RunConfig.
 TINY = dict(
-    terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200, eval_samples=2,
-    show_every=25, save_every=25,
+    lr=1e-3, terms=3, warm_start_steps=250, steps=50, max_new_tokens=32, eval_problems=200,
+    eval_samples=2, show_every=25, save_every=25,
 )  # fmt: skip
 # A --model given with --data (not the built-in task) sets these.
 LARGE = dict(lr=1e-6, temperature=0.7)  # the paper's rate is for LoRA: 5e-5

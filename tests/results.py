@@ -200,7 +200,7 @@ TABLES = dict(
         ("no_signal_base", "no_signal_reset"),
     ),
     resets_long=Table(
-        "Resets, the default number of rounds",
+        "Resets: the default commands",
         "reset_po",
         "",
         [
