@@ -225,6 +225,17 @@ PLANTED = [  # a student's own words for it, not the grader's
                 out += block_log_ratio(each, mask, *how) ** 2
             return cfg.clip_eps * out
     """),
+    ("scaled_eps", "from the batch's first column", """
+        def scaled_eps(mask, cfg):
+            out = torch.zeros(mask.shape)
+            for b, t in mask.nonzero().tolist():
+                s = t if cfg.layout == "window" else t // cfg.block_size * cfg.block_size
+                end = int(mask[b].nonzero().max()) + 1
+                beta = block_weights(cfg.block_size, cfg.weights)[: end - s]
+                beta = beta if cfg.weights == "joint" else beta / beta.sum()
+                out[b, t] = cfg.clip_eps * beta.norm()
+            return out
+    """),
     ("mpo_loss", "those of single tokens", """
         def mpo_loss(log_ratio, batch, normaliser, cfg):
             how = (cfg.block_size, cfg.layout, cfg.weights)

@@ -793,10 +793,10 @@ def block_wrong(*, tail="scaled", start="mask", layout=None, first_only=False, b
             for t in inside:
                 origin = inside[0] if start == "mask" else 0
                 at = t - (t - origin) % block_size if how == "block" else t
-                span = range(at, at + block_size) if not backward else range(
-                    t, t - block_size, -1)
-                kept = [(n, u) for n, u in enumerate(span) if 0 <= u < len(row)
-                        and (pad or u in inside)]
+                span = range(at, at + block_size) if not backward else range(t, t - block_size, -1)
+                kept = [
+                    (n, u) for n, u in enumerate(span) if 0 <= u < len(row) and (pad or u in inside)
+                ]
                 total = sum(float(beta[n]) for n, _ in kept)
                 scaled = tail == "scaled" and weigh != "joint"
                 x = sum(float(beta[n]) * log_ratio[i, u] for n, u in kept)
@@ -884,8 +884,9 @@ def mpo_cfg(block_size=2, layout="window", weights="uniform", scale_eps=False):
     )
 
 
-def eps_wrong(norm, tail=True):
-    """A wrong scaled_eps: norm(weights) in the place of the norm; tail: the end is as it should."""
+def eps_wrong(norm, tail=True, start="mask", pad=True):
+    """A wrong scaled_eps: norm(weights) in the place of the norm; tail: the end is as it should;
+    start: blocks count from the "mask" or the "row"; pad: places before the mask count as tokens."""
 
     def wrong(mask, cfg):
         out = torch.zeros(mask.shape)
@@ -893,9 +894,11 @@ def eps_wrong(norm, tail=True):
         for i, row in enumerate(mask.tolist()):
             inside = [t for t, m in enumerate(row) if m]
             for t in inside:
-                at = t - (t - inside[0]) % k if cfg.layout == "block" else t
+                origin = inside[0] if start == "mask" else 0
+                at = t - (t - origin) % k if cfg.layout == "block" else t
                 left = min(k, inside[-1] + 1 - at) if tail else k
-                beta = reference.block_weights(k, cfg.weights)[:left]
+                skipped = 0 if pad else max(0, inside[0] - at)
+                beta = reference.block_weights(k, cfg.weights)[skipped:left]
                 beta = beta if cfg.weights == "joint" else beta / beta.sum()
                 out[i, t] = cfg.clip_eps * norm(beta)
         return out
@@ -918,6 +921,8 @@ SCALED_EPS = Task(
         Case("windows of three, share one half", (ROWS, mpo_cfg(3, weights=0.5)),
              [[0.2 * 0.375**0.5] * 2 + [0.2 * 5**0.5 / 3, 0.2, ANY],
               [0.2 * 5**0.5 / 3, 0.2, ANY, ANY, ANY]]),
+        Case("blocks in a row that starts late", (LATE[:, :4], mpo_cfg(layout="block")),
+             [[ANY, 0.2 * R2, 0.2 * R2, 0.2]]),
         Property("K = 1 leaves the range as it is",
                  lambda f: near(f(ROWS, mpo_cfg(1))[ROWS], [0.2] * 6)),
     ],
@@ -930,6 +935,10 @@ SCALED_EPS = Task(
         ("Do you divide by the norm?", eps_wrong(lambda b: 1 / b.norm())),
         ("Is the range the same at the row's end? There R has other weights.",
          eps_wrong(lambda b: b.norm(), tail=False)),
+        ("Do your blocks count from the batch's first column? Count from the row's own token.",
+         eps_wrong(lambda b: b.norm(), start="row")),
+        ("Do your blocks count from the batch's first column? Count from the row's own token.",
+         eps_wrong(lambda b: b.norm(), start="row", pad=False)),
         ("Does every token of a block have its block's range?", lambda mask, cfg:
          eps_wrong(lambda b: b.norm())(mask, SimpleNamespace(**{**vars(cfg), "layout": "window"}))),
     ],
