@@ -265,6 +265,133 @@ PLANTED = [  # a student's own words for it, not the grader's
                                                  clip_eps)
             return -o[batch.mask].mean(), cut
     """),
+    ("group_advantages", "a sample. And what if all rewards are equal?", """
+        def group_advantages(rewards, scale=True):
+            centred = rewards - rewards.mean(-1, keepdim=True)
+            return centred / (rewards.std(-1, keepdim=True) + 1e-4) if scale else centred
+    """),
+    ("masked_mean", "small number to the count", """
+        def masked_mean(x, mask, dim=None):
+            dims = (0, 1) if dim is None else dim
+            return (x * mask).sum(dims) / (mask.sum(dims) + 1e-4)
+    """),
+    ("token_logprobs", "multiply by the temperature", """
+        def token_logprobs(model, batch, temperature=1.0):
+            logp = (model(batch.input_ids).logits * temperature).log_softmax(-1)
+            out = torch.zeros(batch.mask.shape)
+            for b, t in batch.mask.nonzero().tolist():
+                out[b, t] = logp[b, batch.context_lens[b] + t - 1, batch.targets[b, t]]
+            return out
+    """),
+    ("token_logprobs", "detached", """
+        def token_logprobs(model, batch, temperature=1.0):
+            with torch.no_grad():
+                logp = (model(batch.input_ids).logits / temperature).log_softmax(-1)
+            out = torch.zeros(batch.mask.shape)
+            for b, t in batch.mask.nonzero().tolist():
+                out[b, t] = logp[b, batch.context_lens[b] + t - 1, batch.targets[b, t]]
+            return out
+    """),
+    ("clipped_surrogate", "from below only", """
+        def clipped_surrogate(log_ratio, advantages, clip_eps):
+            r = log_ratio.clamp(-10, 10).exp()
+            low = torch.maximum(r, torch.as_tensor(1 - clip_eps))
+            return torch.minimum(r * advantages, low * advantages), (low > r) & (advantages < 0)
+    """),
+    ("segment_starts", "leave out the first cutpoint", """
+        def segment_starts(probs, interval, threshold):
+            points = [t for t, p in enumerate(probs) if p < threshold]
+            return [t for n, t in enumerate(points) if n % interval == 1 % interval and n]
+    """),
+    ("chain_advantages", "one token late", """
+        def chain_advantages(starts, values, reward, length):
+            A = torch.zeros(length)
+            ends, after = [*starts[1:], length - 1], [*values[1:], reward]
+            for k, start in enumerate(starts):
+                A[start + 1 : ends[k] + 1] = after[k] - values[k]
+            return A
+    """),
+    ("tree_advantages", "not of the tree", """
+        def tree_advantages(parents, rewards, scale=False):
+            n = len(parents)
+            V = [float(r) for r in rewards]
+            for i in range(n - 1, -1, -1):
+                kids = [V[j] for j in range(i, n) if parents[j] == i]
+                V[i] = sum(kids) / len(kids) if kids else V[i]
+            A = torch.tensor([V[i] - V[p] if p >= 0 else 0.0 for i, p in enumerate(parents)])
+            if scale and A.any():
+                A = A / A.std(correction=0)
+            return V, A.tolist()
+    """),
+    ("spo_loss", "ratio always 1", """
+        def spo_loss(logprobs, batch, mask, normaliser, clip_eps):
+            old = logprobs.detach()
+            o, cut = clipped_surrogate(logprobs - old, batch.advantages, clip_eps)
+            return -(o * mask).sum() / max(1, normaliser), cut & mask
+    """),
+    ("spo_loss", "detached", """
+        def spo_loss(logprobs, batch, mask, normaliser, clip_eps):
+            ratio = (logprobs - batch.old_logprobs).detach()
+            o, cut = clipped_surrogate(ratio, batch.advantages, clip_eps)
+            return -(o * mask).sum() / max(1, normaliser), cut & mask
+    """),
+    ("block_log_ratio", "after its token", """
+        def block_log_ratio(log_ratio, mask, block_size, layout, weights):
+            beta, out = block_weights(block_size, weights).float(), torch.zeros(log_ratio.shape)
+            for b in range(len(mask)):
+                inside = mask[b].nonzero()[:, 0]
+                for n, t in enumerate(inside):
+                    first = n + 1 if layout == "window" else n - n % block_size
+                    there = inside[first : first + block_size]
+                    w = beta[: len(there)]
+                    w = w if weights == "joint" or not len(w) else w / w.sum()
+                    out[b, t] = (w * log_ratio[b, there]).sum()
+            return out
+    """),
+    ("scaled_eps", "sum to less than 1", """
+        def scaled_eps(mask, cfg):
+            out = torch.zeros(mask.shape)
+            for b, t in mask.nonzero().tolist():
+                first, end = mask[b].nonzero().min(), mask[b].nonzero().max() + 1
+                s = t if cfg.layout == "window" else t - (t - first) % cfg.block_size
+                out[b, t] = block_weights(cfg.block_size, cfg.weights)[: end - s].norm()
+            return cfg.clip_eps * out
+    """),
+    ("mpo_loss", "mean of the rows' means", """
+        def mpo_loss(log_ratio, batch, normaliser, cfg):
+            how = (cfg.block_size, cfg.layout, cfg.weights)
+            blocks = block_log_ratio(log_ratio, batch.mask, *how)
+            eps = scaled_eps(batch.mask, cfg).float() if cfg.scale_eps else cfg.clip_eps
+            o, cut = clipped_surrogate(blocks, batch.advantages, eps)
+            rows = (o * batch.mask).sum(1) / batch.mask.sum(1)
+            return -rows.sum() / normaliser, blocks, cut & batch.mask
+    """),
+    ("step_starts", "forget `stops`", """
+        def step_starts(ids, tokenizer, delimiter="\\n", max_steps=20, stops=frozenset()):
+            ids = ids[:-1] if ids[-1:] and ids[-1] in tokenizer.all_special_ids else ids
+            text = [tokenizer.decode([i]) for i in ids]
+            starts = [0] + [t for t in range(1, len(ids)) if text[t - 1] == delimiter]
+            ends = starts[1:] + [len(ids)]
+            full = [s for s, e in zip(starts, ends) if "".join(text[s:e]).strip()]
+            return [0, *full[1:]][:max_steps]
+    """),
+    ("localise_uncertain", "average over a step", """
+        def localise_uncertain(probs, starts, threshold):
+            p = torch.tensor(probs)
+            means = [x.mean() for x in torch.tensor_split(p, starts[1:])]
+            for k, mean in enumerate(means):
+                if mean < threshold:
+                    return k + 1
+            return int(torch.stack(means).argmin()) + 1
+    """),
+    ("reset_loss", "ratio always 1", """
+        def reset_loss(logprobs, batch, normaliser, clip_eps):
+            o, cut = batch.advantages * logprobs, batch.mask & False
+            if clip_eps:
+                moved = logprobs - logprobs.detach()
+                o, cut = clipped_surrogate(moved, batch.advantages, clip_eps)
+            return -(masked_mean(o, batch.mask, 1)).sum() / normaliser, cut
+    """),
 ]  # fmt: skip
 
 

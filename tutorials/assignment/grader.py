@@ -32,6 +32,10 @@ torch.set_num_threads(1)  # on a server that others use too
 DRAWN = 4  # cases drawn for each task
 COPIED = 0.9  # as like to a function of the project as this, a student's is named
 LONG = 60  # nodes of a function's code that nobody writes twice by chance
+DETACHED = (
+    "Is the answer detached from what it is computed of? Without a gradient nothing is trained: "
+    "look for detach, no_grad, item, tolist and tensors made anew."
+)
 
 
 class Result(NamedTuple):
@@ -56,6 +60,8 @@ def call(function, args: tuple):
 
 
 def why(error: BaseException, function) -> str:
+    if "does not require grad" in str(error):  # torch's words for it, from a check's backward
+        return "has no gradient"
     return str(error) if isinstance(error, Broken) else complaint(error, function)
 
 
@@ -154,21 +160,22 @@ def grade_task(task: Task, function, seed: int = 0) -> Result:
     right = [case for case, wrong in zip(cases, on_drawn) if not wrong]
     points = first * task.points * (0.5 + 0.5 * sum(others) / len(others))
     points *= len(right) / len(cases)
+    if task.gradient is not None and right:
+        wrongs["gradient on drawn cases"] = check_gradient(task, function, right)
     questions, lines = [], [f"{says}: {wrong}" for says, wrong in wrongs.items() if wrong]
     failed = [check for check in task.checks if wrongs[check.says]]
     if hand_worked := [check for check in failed if isinstance(check, Case)]:
         questions.append(known_mistake(task, hand_worked, answers))
+    if first and "has no gradient" in wrongs.values():
+        questions.append(DETACHED)
     if first and not right:
         questions.append("Are known answers written into the file? No drawn case is right.")
     if first:  # a question at the edge helps nobody whose ordinary case is wrong
         questions += [check.question for check in failed]
     if (first or not failed) and len(right) < len(cases):
         lines.append(next(f"{c.says}: {w}" for c, w in zip(cases, on_drawn) if w))
-    if task.gradient is not None and right:
-        if no_gradient := check_gradient(task, function, right):
-            lines.append(f"gradient on drawn cases: {no_gradient}")
-            wrongs["gradient"] = no_gradient
-    flat = any(isinstance(c, Property) and c.gradient for c in failed) or "gradient" in wrongs
+    flat = any(isinstance(check, Property) and check.gradient for check in failed)
+    flat = flat or wrongs.get("gradient on drawn cases")
     if flat:
         points = min(points, task.points / 3)
     if lines:
