@@ -16,6 +16,7 @@ from conftest import ENV, ROOT
 
 sys.path += [str(ROOT / "tutorials" / name) for name in ("assignment", "bug_lab", "")]
 
+import answers  # noqa: E402
 import bugs  # noqa: E402
 import bulk  # noqa: E402
 import catches  # noqa: E402
@@ -618,10 +619,54 @@ def test_a_mistake_counts_once(tmp_path):
 
 
 def test_a_mistake_is_named_though_an_earlier_one_hides_it(tmp_path):
-    """Both gradings have no points: the one that names the mistake is told."""
+    """Both gradings have no points: that with a right version of what is called is told, and so."""
     late = next(source for name, _, source in PLANTED if name == "spo_loss")
     file = submission(tmp_path, WRONG_CLIP + textwrap.dedent(late))
-    assert "normaliser that of the micro-batch" in graded_alone(file, "spo_loss").message
+    wrong = {r.name: r for r in grader.grade(file)[0]}["spo_loss"]
+    assert "normaliser that of the micro-batch" in wrong.message and wrong.points == 0
+    assert wrong.message.endswith("A right clipped_surrogate stood in the place of yours here: this "
+                                  "is a mistake of its own.")  # fmt: skip
+    file.write_text(RIGHT.read_text() + textwrap.dedent(late))
+    assert "in the place of yours" not in graded_alone(file, "spo_loss").message
+
+
+LATE_TAIL = """
+def mixing(mask, block_size, layout, weights):
+    out = torch.zeros(*mask.shape, mask.shape[1], dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        first, end = int(mask[b].nonzero().min()), int(mask[b].nonzero().max()) + 1
+        start = t if layout == "window" else t - (t - first) % block_size
+        there = range(start, min(start + block_size, end))
+        out[b, t, there] = block_weights(block_size, weights)[: len(there)]
+    return out
+"""
+
+
+def test_a_named_mistake_of_a_shared_helper_counts_once_and_is_said_twice(tmp_path):
+    """block_log_ratio and scaled_eps of a right file call its mixing."""
+    file = tmp_path / "mine.py"
+    file.write_text(RIGHT.read_text() + LATE_TAIL)
+    results, _ = grader.grade(file)
+    first, second = [r for r in results if r.message]
+    assert (first.name, second.name) == ("block_log_ratio", "scaled_eps")
+    assert first.points < first.out_of and second.points == second.out_of
+    question = first.message.split("\n")[0]
+    assert "Yours sum to less" in question and question in second.message
+    assert "Counted in block_log_ratio already, for both call your mixing." in second.message
+    assert "Counted in block_log_ratio" in bulk.report(results, "")
+    apart = LATE_TAIL.replace("mixing", "its_own")
+    own = "\n\ndef scaled_eps(mask, cfg):\n    mix = its_own(mask, cfg.block_size, cfg.layout, "
+    own += "cfg.weights)\n    return cfg.clip_eps * mix.square().sum(-1).sqrt()\n"
+    file.write_text(RIGHT.read_text() + LATE_TAIL + apart + own)
+    wrong = [r for r in grader.grade(file)[0] if r.message]
+    assert len(wrong) == 2 and all(r.points < r.out_of for r in wrong)  # made twice, counted twice
+
+
+def test_calls_are_those_by_itself_and_through_helpers_but_not_through_other_tasks():
+    source = b"def a():\n  h(b)\ndef b():\n  k()\ndef h():\n  h(), g()\ndef g(): 1\ndef k(): 1\n"
+    assert answers.calls(source, "a", ["a", "b"]) == {"b", "g", "h"}
+    assert answers.calls(source, "a", []) == {"b", "g", "h", "k"}
+    assert answers.calls(source, "not_there", []) == set()
 
 
 @pytest.mark.parametrize("name", ["spo_loss", "mpo_loss", "reset_loss", "k3", "token_logprobs",
@@ -1053,6 +1098,15 @@ def test_what_is_left_of_the_assignment_works(students, tmp_path):
     file.write_text(RIGHT.read_text() + WRONG_CLIP)
     code, out = command(folder, "check.py", file)
     assert code == 1 and "Is your minimum taken before the advantage comes in?" in out
+    hint = "\n    it calls your clipped_surrogate, which is not right: first mend that\n"
+    assert out.count(hint) == 3  # spo_loss, mpo_loss and reset_loss
+    file.write_text(RIGHT.read_text() + "\n\nright = spo_loss\n\n\ndef spo_loss(logprobs, *rest):\n"
+                    "    return right(logprobs.detach(), *rest)\n")  # fmt: skip
+    code, out = command(folder, "check.py", file)
+    assert code == 1 and "16 of 17" in out and "first mend that" not in out
+    told = out[out.index("spo_loss") :].split("block_weights")[0]
+    assert told.count("is right, but has no gradient") >= 5
+    assert told.splitlines()[1].strip() == answers.DETACHED
     text = (folder / "README.md").read_text()
     assert "python check.py" in text and "pytest" not in text and "train.py" not in text
 

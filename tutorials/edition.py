@@ -38,7 +38,8 @@ RUN = ("metrics.csv", "summary.json", "samples.txt")
 
 
 def cases() -> dict:
-    """By task its cases: arguments, the answer, and what each known mistake would give."""
+    """By task its cases: arguments, the answer, whether it has a gradient, and what each known
+    mistake would give."""
     import grader
     import reference
     from sandbox import own, packed
@@ -58,9 +59,14 @@ def cases() -> dict:
                 ):
                     others.append((question, packed(answer, [])))
             assert grader.same(right(*own(case.args)), case.wanted, case.wanted)
-            args, wanted = packed(case.args, []), packed(case.wanted, [])
-            row = dict(says=case.says, args=args, wanted=wanted, mistakes=others)
-            found[task.name].append(row)
+            args = own(case.args)
+            trains = task.name == "token_logprobs"  # whose gradient is the policy's, args[0]
+            if task.gradient is not None:
+                slope = grader.gradient(right, args, task.gradient)
+                args[task.gradient].requires_grad_()  # so packed, for check.py
+                trains = slope is not None and bool(slope.any())
+            row = dict(says=case.says, args=packed(args, []), wanted=packed(case.wanted, []))
+            found[task.name].append(row | dict(trains=trains, mistakes=others))
     return found
 
 

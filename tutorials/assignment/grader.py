@@ -19,7 +19,7 @@ from typing import NamedTuple
 import reference
 import sandbox
 import torch
-from answers import kind, same, short
+from answers import DETACHED, calls, kind, same, short
 from sandbox import Broken, Cheat, complaint, contents, own
 from tasks import ANY, PARTS, TASKS, Case, Property, Task
 
@@ -32,10 +32,6 @@ torch.set_num_threads(1)  # on a server that others use too
 DRAWN = 4  # cases drawn for each task
 COPIED = 0.9  # as like to a function of the project as this, a student's is named
 LONG = 60  # nodes of a function's code that nobody writes twice by chance
-DETACHED = (
-    "Is the answer detached from what it is computed of? Without a gradient nothing is trained: "
-    "look for detach, no_grad, item, tolist and tensors made anew."
-)
 
 
 class Result(NamedTuple):
@@ -194,13 +190,15 @@ def grade(path, limit: int = 10, seed: int = 0) -> tuple[list[Result], str]:
         source = path.read_bytes()
     except OSError:
         return nothing(f"the file does not import: there is no file {path}")
-    tried = []
+    tried, results = [], []
     try:
         with sandbox.Process(source, {}, limit) as student:
             trouble, has = student.started()
         tried += student.did
         if not trouble:
-            results = [grade_apart(task, source, has, limit, seed, tried) for task in TASKS]
+            for task in TASKS:
+                short = [r.name for r in results if r.points < r.out_of]
+                results.append(grade_apart(task, source, has, limit, seed, tried, short))
     except Cheat as error:
         tried.append((str(error), ""))
         trouble = "it was stopped"
@@ -211,7 +209,7 @@ def grade(path, limit: int = 10, seed: int = 0) -> tuple[list[Result], str]:
     if trouble:
         return nothing(f"the file does not import: {trouble}")
     notes = [f"{what} {of}" for what, of in dict.fromkeys(tried)]
-    results, copied = without_copies(results, copies(source))
+    results, copied = without_copies(counted_once(results, source), copies(source))
     return results, "; ".join([*copied, *notes, *looks(source)])
 
 
@@ -235,30 +233,56 @@ def named(task: Task, result: Result) -> bool:
     return result.message.split("\n")[0] in [question for question, _ in task.mistakes]
 
 
-def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list) -> Result:
+def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list, short=()) -> Result:
     """In a process of its own; without all points once more, with the reference's version of the
-    tasks before this one, for a mistake counts once."""
+    tasks before this one, for a mistake counts once. short: those that lack points themselves."""
     if task.name not in has:
         return Result(task.name, task.part, 0.0, task.points, "the file has no such function")
+    best = graded_with([], task, source, limit, seed, tried)
+    if best.points == task.points or best.message == "not written yet":
+        return best
     before = [t.name for t in TASKS[: TASKS.index(task)]]
-    best = None
-    for names in ([], before):
-        earlier = {name: functools.partial(getattr(reference, name)) for name in names}
-        with sandbox.Process(source, earlier, limit) as student:
-            try:
-                student.started()
-                result = grade_task(task, student.function(task.name), seed)
-                if broken := student.broken:
-                    result = Result(task.name, task.part, 0.0, task.points, broken)
-            finally:
-                tried += student.did
-        needs = best and not best.points and "needs" in best.message
-        tells = best and result.points == best.points and named(task, result) > named(task, best)
-        if not best or result.points > best.points or needs or tells:
-            best = result
-        if best.points == task.points or best.message == "not written yet":
-            break
-    return best
+    again = graded_with(before, task, source, limit, seed, tried)
+    if again.points < best.points:
+        return best
+    wrong = " and ".join(name for name in short if name in calls(source, task.name, before))
+    if not wrong or not again.message:
+        return again
+    hint = f"A right {wrong} stood in the place of yours here: this is a mistake of its own."
+    return again._replace(message=f"{again.message}\n{hint}")
+
+
+def graded_with(earlier: list[str], task: Task, source: bytes, limit, seed, tried: list) -> Result:
+    """With the reference's version of the `earlier` tasks."""
+    versions = {name: functools.partial(getattr(reference, name)) for name in earlier}
+    with sandbox.Process(source, versions, limit) as student:
+        try:
+            student.started()
+            result = grade_task(task, student.function(task.name), seed)
+        finally:
+            tried += student.did
+    if broken := student.broken:
+        return Result(task.name, task.part, 0.0, task.points, broken)
+    return result
+
+
+def counted_once(results: list[Result], source: bytes) -> list[Result]:
+    """The same named mistake in two tasks that call one helper of the student's costs points in the
+    first of them only, and is said in the second."""
+    names = {task.name for task in TASKS}
+    charged, found = {}, []  # charged: by (question, helper), the task that it was counted in
+    for task, result in zip(TASKS, results):
+        question = result.message.split("\n")[0]
+        helpers = calls(source, task.name, names) - names if named(task, result) else set()
+        known = [helper for helper in sorted(helpers) if (question, helper) in charged]
+        if known:
+            first = charged[question, known[0]]
+            told = f"{question}\nCounted in {first} already, for both call your {known[0]}."
+            result = result._replace(points=float(result.out_of), message=told)
+        for helper in helpers:
+            charged.setdefault((question, helper), task.name)
+        found.append(result)
+    return found
 
 
 # ------------------------------------------------------------------------------------------ copies
