@@ -27,6 +27,7 @@ import grader  # noqa: E402
 import properties  # noqa: E402
 import reference  # noqa: E402
 import sandbox  # noqa: E402
+import test_documents  # noqa: E402
 import train  # noqa: E402
 from tasks import PARTS, TASKS  # noqa: E402
 
@@ -1130,6 +1131,49 @@ def test_the_notebooks_of_the_edition_have_the_kept_pictures_and_nothing_folded(
         assert (students / "1_assignment" / "notebooks" / file).exists(), file
 
 
+def markdown(path) -> str:
+    """The text of a Markdown file, or of a notebook's Markdown cells."""
+    if path.suffix == ".md":
+        return path.read_text("utf-8")
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def test_links_of_the_edition_lead_somewhere(students):
+    pages = [path for path in students.rglob("*.*") if path.suffix in (".md", ".ipynb")]
+    assert len(pages) >= 10 + 11
+    for page in pages:
+        text = markdown(page)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, heading = link.partition("#")
+            file = page.parent / path if path else page
+            assert ":" in path or file.exists(), f"{page}: {link}"
+            assert not heading or heading in test_documents.headings(markdown(file)), link
+    words = "[the sheet](README.md#start), [not there](KEY.md), [paper](https://arxiv.org/abs/1)"
+    assert edition.linked(words, students / "1_assignment") == words.replace(
+        "[not there](KEY.md)", "not there")  # fmt: skip
+
+
+@pytest.mark.parametrize("sheet", ["1_assignment/README.md", "1_assignment/student.py",
+                                   "2_bug_lab/tutorials/bug_lab/README.md",
+                                   "2_bug_lab/tutorials/assignment/student.py"])  # fmt: skip
+def test_commands_of_the_editions_sheets_ask_for_what_is_there(students, sheet, monkeypatch):
+    text = (students / sheet).read_text("utf-8")
+    asked = test_documents.commands(text) + re.findall(r"^ {4}(python .*)$", text, re.MULTILINE)
+    assert asked
+    for line in asked:
+        test_documents.check(line.split(), students / sheet.split("/")[0], monkeypatch)
+    for left_out in ("--seed", "pytest tutorials", "git diff", "KEY.md"):
+        assert left_out not in text
+
+
+def test_the_edition_has_the_headers_that_the_sheet_asks_to_read(students):
+    text = (students / "1_assignment" / "headers.md").read_text("utf-8")
+    for module in (spo, mpo, reset_po):
+        assert inspect.getdoc(module) in text
+    assert "](headers.md)" in (students / "1_assignment" / "README.md").read_text("utf-8")
+
+
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", [path.stem for path in sorted(STUDENT.parents[1].glob("*.ipynb"))])
 def test_the_editions_notebooks_run_from_a_clean_kernel(students, name):
@@ -1151,6 +1195,8 @@ def test_what_is_left_of_the_lab_works(students, tmp_path):
     file.write_text("import common, tiny_policy\ndef test_a():\n  assert common.k3\n")
     code, out = command(folder, lab, "--test", file)
     assert code == 0 and "test_a" in out and "holds on the healthy code" in out
+    code, out = command(folder, lab, "--bug", "0", "--check")
+    assert code == 0 and "FAILS" not in out
     code, out = command(folder, lab, "--bug", "3", "--check")
     assert code == 1 and out == "bug 3 is not in this copy: your instructor's has it\n"
     code, out = command(folder, "tutorials/assignment/train.py")
