@@ -854,6 +854,9 @@ def test_a_table_keeps_signs_and_lowest_values():
     lines = curves.table({"kl": values, "lr": [1.0], "kl_ref": [0.0]},
                          {"kl": [0.0, 0.5], "lr": [2.0], "kl_ref": [0.0]}, ("a", "b"))  # fmt: skip
     assert len(lines) == 3 and lines[0].split() == ["a", "b"]
+    noise = {"kl": [1e-9, -2e-9], "loss": [1e-9, -2e-9]}
+    drawn = curves.table(noise, {"kl": [3e-9, 0.0], "loss": [0.0, 0.5]}, ("a", "b"))[2:]
+    assert [line.split()[0] for line in drawn] == ["loss"]
     assert max(map(len, lines)) <= 100
     assert re.findall(r"-?\d+\.?\d*", lines[2]) == ["0.375", "1", "-0.25", "0", "0.5", "0"]
 
@@ -966,6 +969,16 @@ def test_what_is_not_written_stays_the_projects(tmp_path):
     assert train.written(RIGHT) == [task.name for task in TASKS] == train.task_names()
     file = submission(tmp_path, "def k3(x):\n  return x * x / 2\n")
     assert train.written(file) == ["k3"]
+
+
+def test_a_loss_of_rounding_errors_is_drawn_flat(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="tutorials/requirements.txt")
+    heights = []
+    for last in (2e-9, 0.5):
+        run, ends = dict(accuracy=[0.5, 0.5], loss=[1e-9, last]), (0.5, 1.0)
+        train.picture(run, run, dict(yours=ends, reference=ends), tmp_path / "it.png")
+        heights.append(pyplot.gcf().axes[1].get_ylim())
+    assert heights[0] == (-0.001, 0.001) and heights[1][1] > 0.5
 
 
 def test_the_command_compares_the_two_runs(tmp_path, monkeypatch, capsys):
