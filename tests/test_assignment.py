@@ -1136,6 +1136,8 @@ def test_the_notebooks_of_the_edition_have_the_kept_pictures_and_nothing_folded(
                 c["source"] for c in whole if c["cell_type"] == "code"
             ]
             assert text.count('"image/png"') == path.read_text("utf-8").count('"image/png"') >= 2
+            for file in re.findall(r"results/\w+\.csv", text):
+                assert (students / folder / file).exists(), file
     text = (students / "1_assignment" / "README.md").read_text("utf-8")
     assert "notebooks/README.md#one-order" in text
     text = (students / "1_assignment" / "notebooks" / "README.md").read_text("utf-8")
