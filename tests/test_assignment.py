@@ -1171,6 +1171,7 @@ def test_links_of_the_edition_lead_somewhere(students):
 
 @pytest.mark.parametrize("sheet", ["1_assignment/README.md", "1_assignment/student.py",
                                    "2_bug_lab/tutorials/bug_lab/README.md",
+                                   "2_bug_lab/tutorials/assignment/README.md",
                                    "2_bug_lab/tutorials/assignment/student.py"])  # fmt: skip
 def test_commands_of_the_editions_sheets_ask_for_what_is_there(students, sheet, monkeypatch):
     text = (students / sheet).read_text("utf-8")

@@ -25,7 +25,8 @@ sys.path[:0] = [str(ROOT / "tutorials" / "assignment"), str(ROOT)]
 FIRST = ("README.md", "student.py", "sandbox.py", "answers.py", "check.py")
 SECOND = (
     "common.py", "spo.py", "mpo.py", "reset_po.py", "requirements.txt", "LICENSE",
-    "tests/tiny_policy.py", "tutorials/curves.py", "tutorials/assignment/student.py",
+    "tests/tiny_policy.py", "tutorials/curves.py", "tutorials/assignment/README.md",
+    "tutorials/assignment/student.py",
     "tutorials/assignment/sandbox.py", "tutorials/assignment/train.py",
     "tutorials/bug_lab/README.md", "tutorials/bug_lab/bugs.py", "tutorials/bug_lab/catches.py",
     "tutorials/bug_lab/lab.py", "tutorials/bug_lab/properties.py", "tutorials/helpers.py",
@@ -112,6 +113,12 @@ def sheet(text: str) -> str:
     return instead(text, "](../README.md#one-order)", "](notebooks/README.md#one-order)")
 
 
+def training(text: str) -> str:
+    """What the sheet says of train.py, which is in the second folder."""
+    start, end = text.index("## Your functions train"), text.index("## What the grader looks at")
+    return text[start + 1 : end].rstrip() + "\n"
+
+
 def headers() -> str:
     """What stands on top of the scripts, of which the sheet asks to read some."""
     parts = ["# The scripts' headers", "What stands on top of each script: its paper's objective, "
@@ -196,6 +203,7 @@ def build(folder: Path, runs: Path) -> None:
         second / "tutorials" / "assignment" / "student.py": lambda text: instead(
             text, "python -m pytest tutorials/assignment", "python tutorials/assignment/train.py"
         ),
+        second / "tutorials" / "assignment" / "README.md": training,
         second / "tutorials" / "bug_lab" / "README.md": lab_sheet,
         second / "README.md": lambda text: PARTLY + text,
         second / "tutorials" / "README.md": lambda text: PARTLY + text,
