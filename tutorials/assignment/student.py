@@ -89,7 +89,9 @@ def segment_starts(probs, interval: int, threshold: float) -> list[int]:
     raise NotImplementedError
 
 
-def chain_advantages(starts: list[int], values: list[float], reward: float, length: int) -> Tensor:
+def chain_advantages(
+    starts: list[int], values: list[float], reward: float, length: int
+) -> Tensor:
     """SPO-chain (Eq. 2): a segment earns the value it added,
 
         A_k = V(state at the end of segment k) - V(state at its start)
