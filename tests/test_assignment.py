@@ -16,6 +16,7 @@ from conftest import ENV, ROOT
 
 sys.path += [str(ROOT / "tutorials" / name) for name in ("assignment", "bug_lab", "")]
 
+import answers  # noqa: E402
 import bugs  # noqa: E402
 import bulk  # noqa: E402
 import catches  # noqa: E402
@@ -26,6 +27,7 @@ import grader  # noqa: E402
 import properties  # noqa: E402
 import reference  # noqa: E402
 import sandbox  # noqa: E402
+import test_documents  # noqa: E402
 import train  # noqa: E402
 from tasks import PARTS, TASKS  # noqa: E402
 
@@ -225,6 +227,17 @@ PLANTED = [  # a student's own words for it, not the grader's
                 out += block_log_ratio(each, mask, *how) ** 2
             return cfg.clip_eps * out
     """),
+    ("scaled_eps", "from the batch's first column", """
+        def scaled_eps(mask, cfg):
+            out = torch.zeros(mask.shape)
+            for b, t in mask.nonzero().tolist():
+                s = t if cfg.layout == "window" else t // cfg.block_size * cfg.block_size
+                end = int(mask[b].nonzero().max()) + 1
+                beta = block_weights(cfg.block_size, cfg.weights)[: end - s]
+                beta = beta if cfg.weights == "joint" else beta / beta.sum()
+                out[b, t] = cfg.clip_eps * beta.norm()
+            return out
+    """),
     ("mpo_loss", "those of single tokens", """
         def mpo_loss(log_ratio, batch, normaliser, cfg):
             how = (cfg.block_size, cfg.layout, cfg.weights)
@@ -253,6 +266,133 @@ PLANTED = [  # a student's own words for it, not the grader's
                 o, cut = clipped_surrogate(logprobs - batch.old_logprobs, batch.advantages,
                                                  clip_eps)
             return -o[batch.mask].mean(), cut
+    """),
+    ("group_advantages", "a sample. And what if all rewards are equal?", """
+        def group_advantages(rewards, scale=True):
+            centred = rewards - rewards.mean(-1, keepdim=True)
+            return centred / (rewards.std(-1, keepdim=True) + 1e-4) if scale else centred
+    """),
+    ("masked_mean", "small number to the count", """
+        def masked_mean(x, mask, dim=None):
+            dims = (0, 1) if dim is None else dim
+            return (x * mask).sum(dims) / (mask.sum(dims) + 1e-4)
+    """),
+    ("token_logprobs", "multiply by the temperature", """
+        def token_logprobs(model, batch, temperature=1.0):
+            logp = (model(batch.input_ids).logits * temperature).log_softmax(-1)
+            out = torch.zeros(batch.mask.shape)
+            for b, t in batch.mask.nonzero().tolist():
+                out[b, t] = logp[b, batch.context_lens[b] + t - 1, batch.targets[b, t]]
+            return out
+    """),
+    ("token_logprobs", "detached", """
+        def token_logprobs(model, batch, temperature=1.0):
+            with torch.no_grad():
+                logp = (model(batch.input_ids).logits / temperature).log_softmax(-1)
+            out = torch.zeros(batch.mask.shape)
+            for b, t in batch.mask.nonzero().tolist():
+                out[b, t] = logp[b, batch.context_lens[b] + t - 1, batch.targets[b, t]]
+            return out
+    """),
+    ("clipped_surrogate", "from below only", """
+        def clipped_surrogate(log_ratio, advantages, clip_eps):
+            r = log_ratio.clamp(-10, 10).exp()
+            low = torch.maximum(r, torch.as_tensor(1 - clip_eps))
+            return torch.minimum(r * advantages, low * advantages), (low > r) & (advantages < 0)
+    """),
+    ("segment_starts", "leave out the first cutpoint", """
+        def segment_starts(probs, interval, threshold):
+            points = [t for t, p in enumerate(probs) if p < threshold]
+            return [t for n, t in enumerate(points) if n % interval == 1 % interval and n]
+    """),
+    ("chain_advantages", "one token late", """
+        def chain_advantages(starts, values, reward, length):
+            A = torch.zeros(length)
+            ends, after = [*starts[1:], length - 1], [*values[1:], reward]
+            for k, start in enumerate(starts):
+                A[start + 1 : ends[k] + 1] = after[k] - values[k]
+            return A
+    """),
+    ("tree_advantages", "not of the tree", """
+        def tree_advantages(parents, rewards, scale=False):
+            n = len(parents)
+            V = [float(r) for r in rewards]
+            for i in range(n - 1, -1, -1):
+                kids = [V[j] for j in range(i, n) if parents[j] == i]
+                V[i] = sum(kids) / len(kids) if kids else V[i]
+            A = torch.tensor([V[i] - V[p] if p >= 0 else 0.0 for i, p in enumerate(parents)])
+            if scale and A.any():
+                A = A / A.std(correction=0)
+            return V, A.tolist()
+    """),
+    ("spo_loss", "ratio always 1", """
+        def spo_loss(logprobs, batch, mask, normaliser, clip_eps):
+            old = logprobs.detach()
+            o, cut = clipped_surrogate(logprobs - old, batch.advantages, clip_eps)
+            return -(o * mask).sum() / max(1, normaliser), cut & mask
+    """),
+    ("spo_loss", "detached", """
+        def spo_loss(logprobs, batch, mask, normaliser, clip_eps):
+            ratio = (logprobs - batch.old_logprobs).detach()
+            o, cut = clipped_surrogate(ratio, batch.advantages, clip_eps)
+            return -(o * mask).sum() / max(1, normaliser), cut & mask
+    """),
+    ("block_log_ratio", "after its token", """
+        def block_log_ratio(log_ratio, mask, block_size, layout, weights):
+            beta, out = block_weights(block_size, weights).float(), torch.zeros(log_ratio.shape)
+            for b in range(len(mask)):
+                inside = mask[b].nonzero()[:, 0]
+                for n, t in enumerate(inside):
+                    first = n + 1 if layout == "window" else n - n % block_size
+                    there = inside[first : first + block_size]
+                    w = beta[: len(there)]
+                    w = w if weights == "joint" or not len(w) else w / w.sum()
+                    out[b, t] = (w * log_ratio[b, there]).sum()
+            return out
+    """),
+    ("scaled_eps", "sum to less than 1", """
+        def scaled_eps(mask, cfg):
+            out = torch.zeros(mask.shape)
+            for b, t in mask.nonzero().tolist():
+                first, end = mask[b].nonzero().min(), mask[b].nonzero().max() + 1
+                s = t if cfg.layout == "window" else t - (t - first) % cfg.block_size
+                out[b, t] = block_weights(cfg.block_size, cfg.weights)[: end - s].norm()
+            return cfg.clip_eps * out
+    """),
+    ("mpo_loss", "mean of the rows' means", """
+        def mpo_loss(log_ratio, batch, normaliser, cfg):
+            how = (cfg.block_size, cfg.layout, cfg.weights)
+            blocks = block_log_ratio(log_ratio, batch.mask, *how)
+            eps = scaled_eps(batch.mask, cfg).float() if cfg.scale_eps else cfg.clip_eps
+            o, cut = clipped_surrogate(blocks, batch.advantages, eps)
+            rows = (o * batch.mask).sum(1) / batch.mask.sum(1)
+            return -rows.sum() / normaliser, blocks, cut & batch.mask
+    """),
+    ("step_starts", "forget `stops`", """
+        def step_starts(ids, tokenizer, delimiter="\\n", max_steps=20, stops=frozenset()):
+            ids = ids[:-1] if ids[-1:] and ids[-1] in tokenizer.all_special_ids else ids
+            text = [tokenizer.decode([i]) for i in ids]
+            starts = [0] + [t for t in range(1, len(ids)) if text[t - 1] == delimiter]
+            ends = starts[1:] + [len(ids)]
+            full = [s for s, e in zip(starts, ends) if "".join(text[s:e]).strip()]
+            return [0, *full[1:]][:max_steps]
+    """),
+    ("localise_uncertain", "average over a step", """
+        def localise_uncertain(probs, starts, threshold):
+            p = torch.tensor(probs)
+            means = [x.mean() for x in torch.tensor_split(p, starts[1:])]
+            for k, mean in enumerate(means):
+                if mean < threshold:
+                    return k + 1
+            return int(torch.stack(means).argmin()) + 1
+    """),
+    ("reset_loss", "ratio always 1", """
+        def reset_loss(logprobs, batch, normaliser, clip_eps):
+            o, cut = batch.advantages * logprobs, batch.mask & False
+            if clip_eps:
+                moved = logprobs - logprobs.detach()
+                o, cut = clipped_surrogate(moved, batch.advantages, clip_eps)
+            return -(masked_mean(o, batch.mask, 1)).sum() / normaliser, cut
     """),
 ]  # fmt: skip
 
@@ -480,10 +620,54 @@ def test_a_mistake_counts_once(tmp_path):
 
 
 def test_a_mistake_is_named_though_an_earlier_one_hides_it(tmp_path):
-    """Both gradings have no points: the one that names the mistake is told."""
+    """Both gradings have no points: that with a right version of what is called is told, and so."""
     late = next(source for name, _, source in PLANTED if name == "spo_loss")
     file = submission(tmp_path, WRONG_CLIP + textwrap.dedent(late))
-    assert "normaliser that of the micro-batch" in graded_alone(file, "spo_loss").message
+    wrong = {r.name: r for r in grader.grade(file)[0]}["spo_loss"]
+    assert "normaliser that of the micro-batch" in wrong.message and wrong.points == 0
+    assert wrong.message.endswith("A right clipped_surrogate stood in the place of yours here: this "
+                                  "is a mistake of its own.")  # fmt: skip
+    file.write_text(RIGHT.read_text() + textwrap.dedent(late))
+    assert "in the place of yours" not in graded_alone(file, "spo_loss").message
+
+
+LATE_TAIL = """
+def mixing(mask, block_size, layout, weights):
+    out = torch.zeros(*mask.shape, mask.shape[1], dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        first, end = int(mask[b].nonzero().min()), int(mask[b].nonzero().max()) + 1
+        start = t if layout == "window" else t - (t - first) % block_size
+        there = range(start, min(start + block_size, end))
+        out[b, t, there] = block_weights(block_size, weights)[: len(there)]
+    return out
+"""
+
+
+def test_a_named_mistake_of_a_shared_helper_counts_once_and_is_said_twice(tmp_path):
+    """block_log_ratio and scaled_eps of a right file call its mixing."""
+    file = tmp_path / "mine.py"
+    file.write_text(RIGHT.read_text() + LATE_TAIL)
+    results, _ = grader.grade(file)
+    first, second = [r for r in results if r.message]
+    assert (first.name, second.name) == ("block_log_ratio", "scaled_eps")
+    assert first.points < first.out_of and second.points == second.out_of
+    question = first.message.split("\n")[0]
+    assert "Yours sum to less" in question and question in second.message
+    assert "Counted in block_log_ratio already, for both call your mixing." in second.message
+    assert "Counted in block_log_ratio" in bulk.report(results, "")
+    apart = LATE_TAIL.replace("mixing", "its_own")
+    own = "\n\ndef scaled_eps(mask, cfg):\n    mix = its_own(mask, cfg.block_size, cfg.layout, "
+    own += "cfg.weights)\n    return cfg.clip_eps * mix.square().sum(-1).sqrt()\n"
+    file.write_text(RIGHT.read_text() + LATE_TAIL + apart + own)
+    wrong = [r for r in grader.grade(file)[0] if r.message]
+    assert len(wrong) == 2 and all(r.points < r.out_of for r in wrong)  # made twice, counted twice
+
+
+def test_calls_are_those_by_itself_and_through_helpers_but_not_through_other_tasks():
+    source = b"def a():\n  h(b)\ndef b():\n  k()\ndef h():\n  h(), g()\ndef g(): 1\ndef k(): 1\n"
+    assert answers.calls(source, "a", ["a", "b"]) == {"b", "g", "h"}
+    assert answers.calls(source, "a", []) == {"b", "g", "h", "k"}
+    assert answers.calls(source, "not_there", []) == set()
 
 
 @pytest.mark.parametrize("name", ["spo_loss", "mpo_loss", "reset_loss", "k3", "token_logprobs",
@@ -670,6 +854,9 @@ def test_a_table_keeps_signs_and_lowest_values():
     lines = curves.table({"kl": values, "lr": [1.0], "kl_ref": [0.0]},
                          {"kl": [0.0, 0.5], "lr": [2.0], "kl_ref": [0.0]}, ("a", "b"))  # fmt: skip
     assert len(lines) == 3 and lines[0].split() == ["a", "b"]
+    noise = {"kl": [1e-9, -2e-9], "loss": [1e-9, -2e-9]}
+    drawn = curves.table(noise, {"kl": [3e-9, 0.0], "loss": [0.0, 0.5]}, ("a", "b"))[2:]
+    assert [line.split()[0] for line in drawn] == ["loss"]
     assert max(map(len, lines)) <= 100
     assert re.findall(r"-?\d+\.?\d*", lines[2]) == ["0.375", "1", "-0.25", "0", "0.5", "0"]
 
@@ -782,6 +969,16 @@ def test_what_is_not_written_stays_the_projects(tmp_path):
     assert train.written(RIGHT) == [task.name for task in TASKS] == train.task_names()
     file = submission(tmp_path, "def k3(x):\n  return x * x / 2\n")
     assert train.written(file) == ["k3"]
+
+
+def test_a_loss_of_rounding_errors_is_drawn_flat(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="tutorials/requirements.txt")
+    heights = []
+    for last in (2e-9, 0.5):
+        run, ends = dict(accuracy=[0.5, 0.5], loss=[1e-9, last]), (0.5, 1.0)
+        train.picture(run, run, dict(yours=ends, reference=ends), tmp_path / "it.png")
+        heights.append(pyplot.gcf().axes[1].get_ylim())
+    assert heights[0] == (-0.001, 0.001) and heights[1][1] > 0.5
 
 
 def test_the_command_compares_the_two_runs(tmp_path, monkeypatch, capsys):
@@ -915,6 +1112,15 @@ def test_what_is_left_of_the_assignment_works(students, tmp_path):
     file.write_text(RIGHT.read_text() + WRONG_CLIP)
     code, out = command(folder, "check.py", file)
     assert code == 1 and "Is your minimum taken before the advantage comes in?" in out
+    hint = "\n    it calls your clipped_surrogate, which is not right: first mend that\n"
+    assert out.count(hint) == 3  # spo_loss, mpo_loss and reset_loss
+    file.write_text(RIGHT.read_text() + "\n\nright = spo_loss\n\n\ndef spo_loss(logprobs, *rest):\n"
+                    "    return right(logprobs.detach(), *rest)\n")  # fmt: skip
+    code, out = command(folder, "check.py", file)
+    assert code == 1 and "16 of 17" in out and "first mend that" not in out
+    told = out[out.index("spo_loss") :].split("block_weights")[0]
+    assert told.count("is right, but has no gradient") >= 5
+    assert told.splitlines()[1].strip() == answers.DETACHED
     text = (folder / "README.md").read_text()
     assert "python check.py" in text and "pytest" not in text and "train.py" not in text
 
@@ -930,12 +1136,58 @@ def test_the_notebooks_of_the_edition_have_the_kept_pictures_and_nothing_folded(
                 c["source"] for c in whole if c["cell_type"] == "code"
             ]
             assert text.count('"image/png"') == path.read_text("utf-8").count('"image/png"') >= 2
+            for file in re.findall(r"results/\w+\.csv", text):
+                assert (students / folder / file).exists(), file
     text = (students / "1_assignment" / "README.md").read_text("utf-8")
     assert "notebooks/README.md#one-order" in text
     text = (students / "1_assignment" / "notebooks" / "README.md").read_text("utf-8")
     assert "## One order" in text and "\n| rollout |" in text
     for file in re.findall(r"\]\(([^)#:]+)", text):
         assert (students / "1_assignment" / "notebooks" / file).exists(), file
+
+
+def markdown(path) -> str:
+    """The text of a Markdown file, or of a notebook's Markdown cells."""
+    if path.suffix == ".md":
+        return path.read_text("utf-8")
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def test_links_of_the_edition_lead_somewhere(students):
+    pages = [path for path in students.rglob("*.*") if path.suffix in (".md", ".ipynb")]
+    assert len(pages) >= 10 + 11
+    for page in pages:
+        text = markdown(page)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, heading = link.partition("#")
+            file = page.parent / path if path else page
+            assert ":" in path or file.exists(), f"{page}: {link}"
+            assert not heading or heading in test_documents.headings(markdown(file)), link
+    words = "[the sheet](README.md#start), [not there](KEY.md), [paper](https://arxiv.org/abs/1)"
+    assert edition.linked(words, students / "1_assignment") == words.replace(
+        "[not there](KEY.md)", "not there")  # fmt: skip
+
+
+@pytest.mark.parametrize("sheet", ["1_assignment/README.md", "1_assignment/student.py",
+                                   "2_bug_lab/tutorials/bug_lab/README.md",
+                                   "2_bug_lab/tutorials/assignment/README.md",
+                                   "2_bug_lab/tutorials/assignment/student.py"])  # fmt: skip
+def test_commands_of_the_editions_sheets_ask_for_what_is_there(students, sheet, monkeypatch):
+    text = (students / sheet).read_text("utf-8")
+    asked = test_documents.commands(text) + re.findall(r"^ {4}(python .*)$", text, re.MULTILINE)
+    assert asked
+    for line in asked:
+        test_documents.check(line.split(), students / sheet.split("/")[0], monkeypatch)
+    for left_out in ("--seed", "pytest tutorials", "git diff", "KEY.md"):
+        assert left_out not in text
+
+
+def test_the_edition_has_the_headers_that_the_sheet_asks_to_read(students):
+    text = (students / "1_assignment" / "headers.md").read_text("utf-8")
+    for module in (spo, mpo, reset_po):
+        assert inspect.getdoc(module) in text
+    assert "](headers.md)" in (students / "1_assignment" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.notebooks
@@ -959,6 +1211,8 @@ def test_what_is_left_of_the_lab_works(students, tmp_path):
     file.write_text("import common, tiny_policy\ndef test_a():\n  assert common.k3\n")
     code, out = command(folder, lab, "--test", file)
     assert code == 0 and "test_a" in out and "holds on the healthy code" in out
+    code, out = command(folder, lab, "--bug", "0", "--check")
+    assert code == 0 and "FAILS" not in out
     code, out = command(folder, lab, "--bug", "3", "--check")
     assert code == 1 and out == "bug 3 is not in this copy: your instructor's has it\n"
     code, out = command(folder, "tutorials/assignment/train.py")

@@ -100,6 +100,11 @@ def test_evaluations_begin_before_the_run_and_end_after_it(tmp_path):
     run.rows[1]["held_out"] = 0.5
     assert curves.evaluations(run, "step") == ([0, 2, 4], [0.25, 0.5, 0.75], [0.03, 0.0, 0.02])
     assert curves.own_columns([run]) == ["kl", "in_form"]  # nothing was clipped
+    for row in run.rows:
+        row["kl"] = 1e-9  # of rounding errors alone
+    assert curves.own_columns([run]) == ["in_form"]
+    run.rows[0]["kl"] = -1e-4
+    assert curves.own_columns([run]) == ["kl", "in_form"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 14  # bars in a curve
+ROUNDING = 1e-7  # metrics are means of float32: what is smaller is no value but an error
 MARKERS, DASHES = "os^Dvx", ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
 XS = dict(step="rounds", sampled_tokens="sampled tokens", seconds="seconds of training")
 ACCURACIES = ("accuracy", "held_out", "held_out_in_form")
@@ -111,6 +112,11 @@ def binned(values: list[float]) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
+def seen(values: list[float]) -> bool:
+    """Is any of them more than a rounding error? A scale of its own would make a curve of those."""
+    return any(abs(value) > ROUNDING for value in values)
+
+
 def curve(values: list[float], low: float, high: float) -> str:
     scale = (len(BARS) - 1) / ((high - low) or 1)
     return "".join(BARS[round((value - low) * scale)] for value in values)
@@ -124,15 +130,15 @@ def cell(values: list[float], low: float, high: float) -> str:
 
 
 def table(left: dict, right: dict, titles: tuple[str, str]) -> list[str]:
-    """A line a metric; the two curves of a line share one scale, and what is 0 in both is left
-    out."""
+    """A line a metric; the two curves of a line share one scale, and what is 0 in both, but for
+    rounding, is left out."""
     wide = WIDTH + 27
     heads = [f"{title:^{wide}}" for title in titles]
     under = f"{'first':>8} {'':{WIDTH}} {'last':<8} {'lowest':<8}"
     lines = [f"{'':15}{heads[0]}{heads[1]}".rstrip(), f"{'':15}{under}  {under}".rstrip()]
     for key in left:
         pair = [left[key], right.get(key, [])]
-        if key in ("step", "lr", "seconds") or not all(pair) or not any(map(any, pair)):
+        if key in ("step", "lr", "seconds") or not all(pair) or not any(map(seen, pair)):
             continue
         means = [mean for values in pair for mean in binned(values)]
         cells = [cell(values, min(means), max(means)) for values in pair]
@@ -305,10 +311,11 @@ def draw_accuracy(axis, runs: list[Run], x: str) -> None:
 
 
 def own_columns(runs: list[Run]) -> list[str]:
-    """What the scripts have logged beside accuracy; what is 0 in all runs shows nothing."""
+    """What the scripts have logged beside accuracy; what is 0 in all runs, but for
+    rounding, shows nothing."""
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     rest = [key for key in keys if key not in (*XS, *ACCURACIES, "lr")]
-    return [key for key in rest if any(any(run.values(key)) for run in runs)]
+    return [key for key in rest if any(seen(run.values(key)) for run in runs)]
 
 
 def draw_column(axis, runs: list[Run], key: str) -> None:

@@ -1,6 +1,14 @@
-"""Comparing answers: numbers, lists and tensors alike."""
+"""What grader.py and check.py share: comparing answers (numbers, lists and tensors alike), and which
+functions of a file a function of it calls."""
+
+import ast
 
 import torch
+
+DETACHED = (
+    "Is the answer detached from what it is computed of? Without a gradient nothing is trained: "
+    "look for detach, no_grad, item, tolist and tensors made anew."
+)
 
 
 def tensors(answer) -> list[torch.Tensor]:
@@ -37,3 +45,16 @@ def kind(wanted) -> str:
         return " and ".join(kind(x) for x in wanted)
     many = isinstance(wanted, list) or getattr(wanted, "ndim", 0)
     return "a list or tensor" if many else "a number"
+
+
+def calls(source: bytes, name: str, stop) -> set[str]:
+    """The functions of a file that its function `name` calls, by itself or through others of the
+    file; what those in `stop` call in turn is left out."""
+    functions = {x.name: x for x in ast.parse(source).body if isinstance(x, ast.FunctionDef)}
+    found, left = set(), [name] if name in functions else []
+    while left:
+        used = {x.id for x in ast.walk(functions[left.pop()]) if isinstance(x, ast.Name)}
+        used &= functions.keys()
+        left += used - found - {*stop}
+        found |= used
+    return found - {name}

@@ -23,7 +23,7 @@ import grader  # noqa: E402
 
 def report(results: list, note: str) -> str:
     """What a student reads."""
-    short = [r for r in results if r.points < r.out_of]
+    short = [r for r in results if r.message]
     texts = [f"{r.name}: {r.points:g} of {r.out_of} points\n{r.message}" for r in short]
     return "\n\n".join([*texts, grader.table(results), *([f"note: {note}"] if note else [])])
 

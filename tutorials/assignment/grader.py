@@ -19,7 +19,7 @@ from typing import NamedTuple
 import reference
 import sandbox
 import torch
-from answers import kind, same, short
+from answers import DETACHED, calls, kind, same, short
 from sandbox import Broken, Cheat, complaint, contents, own
 from tasks import ANY, PARTS, TASKS, Case, Property, Task
 
@@ -56,6 +56,8 @@ def call(function, args: tuple):
 
 
 def why(error: BaseException, function) -> str:
+    if "does not require grad" in str(error):  # torch's words for it, from a check's backward
+        return "has no gradient"
     return str(error) if isinstance(error, Broken) else complaint(error, function)
 
 
@@ -154,21 +156,22 @@ def grade_task(task: Task, function, seed: int = 0) -> Result:
     right = [case for case, wrong in zip(cases, on_drawn) if not wrong]
     points = first * task.points * (0.5 + 0.5 * sum(others) / len(others))
     points *= len(right) / len(cases)
+    if task.gradient is not None and right:
+        wrongs["gradient on drawn cases"] = check_gradient(task, function, right)
     questions, lines = [], [f"{says}: {wrong}" for says, wrong in wrongs.items() if wrong]
     failed = [check for check in task.checks if wrongs[check.says]]
     if hand_worked := [check for check in failed if isinstance(check, Case)]:
         questions.append(known_mistake(task, hand_worked, answers))
+    if first and "has no gradient" in wrongs.values():
+        questions.append(DETACHED)
     if first and not right:
         questions.append("Are known answers written into the file? No drawn case is right.")
     if first:  # a question at the edge helps nobody whose ordinary case is wrong
         questions += [check.question for check in failed]
     if (first or not failed) and len(right) < len(cases):
         lines.append(next(f"{c.says}: {w}" for c, w in zip(cases, on_drawn) if w))
-    if task.gradient is not None and right:
-        if no_gradient := check_gradient(task, function, right):
-            lines.append(f"gradient on drawn cases: {no_gradient}")
-            wrongs["gradient"] = no_gradient
-    flat = any(isinstance(c, Property) and c.gradient for c in failed) or "gradient" in wrongs
+    flat = any(isinstance(check, Property) and check.gradient for check in failed)
+    flat = flat or wrongs.get("gradient on drawn cases")
     if flat:
         points = min(points, task.points / 3)
     if lines:
@@ -187,13 +190,15 @@ def grade(path, limit: int = 10, seed: int = 0) -> tuple[list[Result], str]:
         source = path.read_bytes()
     except OSError:
         return nothing(f"the file does not import: there is no file {path}")
-    tried = []
+    tried, results = [], []
     try:
         with sandbox.Process(source, {}, limit) as student:
             trouble, has = student.started()
         tried += student.did
         if not trouble:
-            results = [grade_apart(task, source, has, limit, seed, tried) for task in TASKS]
+            for task in TASKS:
+                short = [r.name for r in results if r.points < r.out_of]
+                results.append(grade_apart(task, source, has, limit, seed, tried, short))
     except Cheat as error:
         tried.append((str(error), ""))
         trouble = "it was stopped"
@@ -204,7 +209,7 @@ def grade(path, limit: int = 10, seed: int = 0) -> tuple[list[Result], str]:
     if trouble:
         return nothing(f"the file does not import: {trouble}")
     notes = [f"{what} {of}" for what, of in dict.fromkeys(tried)]
-    results, copied = without_copies(results, copies(source))
+    results, copied = without_copies(counted_once(results, source), copies(source))
     return results, "; ".join([*copied, *notes, *looks(source)])
 
 
@@ -228,30 +233,56 @@ def named(task: Task, result: Result) -> bool:
     return result.message.split("\n")[0] in [question for question, _ in task.mistakes]
 
 
-def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list) -> Result:
+def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list, short=()) -> Result:
     """In a process of its own; without all points once more, with the reference's version of the
-    tasks before this one, for a mistake counts once."""
+    tasks before this one, for a mistake counts once. short: those that lack points themselves."""
     if task.name not in has:
         return Result(task.name, task.part, 0.0, task.points, "the file has no such function")
+    best = graded_with([], task, source, limit, seed, tried)
+    if best.points == task.points or best.message == "not written yet":
+        return best
     before = [t.name for t in TASKS[: TASKS.index(task)]]
-    best = None
-    for names in ([], before):
-        earlier = {name: functools.partial(getattr(reference, name)) for name in names}
-        with sandbox.Process(source, earlier, limit) as student:
-            try:
-                student.started()
-                result = grade_task(task, student.function(task.name), seed)
-                if broken := student.broken:
-                    result = Result(task.name, task.part, 0.0, task.points, broken)
-            finally:
-                tried += student.did
-        needs = best and not best.points and "needs" in best.message
-        tells = best and result.points == best.points and named(task, result) > named(task, best)
-        if not best or result.points > best.points or needs or tells:
-            best = result
-        if best.points == task.points or best.message == "not written yet":
-            break
-    return best
+    again = graded_with(before, task, source, limit, seed, tried)
+    if again.points < best.points:
+        return best
+    wrong = " and ".join(name for name in short if name in calls(source, task.name, before))
+    if not wrong or not again.message:
+        return again
+    hint = f"A right {wrong} stood in the place of yours here: this is a mistake of its own."
+    return again._replace(message=f"{again.message}\n{hint}")
+
+
+def graded_with(earlier: list[str], task: Task, source: bytes, limit, seed, tried: list) -> Result:
+    """With the reference's version of the `earlier` tasks."""
+    versions = {name: functools.partial(getattr(reference, name)) for name in earlier}
+    with sandbox.Process(source, versions, limit) as student:
+        try:
+            student.started()
+            result = grade_task(task, student.function(task.name), seed)
+        finally:
+            tried += student.did
+    if broken := student.broken:
+        return Result(task.name, task.part, 0.0, task.points, broken)
+    return result
+
+
+def counted_once(results: list[Result], source: bytes) -> list[Result]:
+    """The same named mistake in two tasks that call one helper of the student's costs points in the
+    first of them only, and is said in the second."""
+    names = {task.name for task in TASKS}
+    charged, found = {}, []  # charged: by (question, helper), the task that it was counted in
+    for task, result in zip(TASKS, results):
+        question = result.message.split("\n")[0]
+        helpers = calls(source, task.name, names) - names if named(task, result) else set()
+        known = [helper for helper in sorted(helpers) if (question, helper) in charged]
+        if known:
+            first = charged[question, known[0]]
+            told = f"{question}\nCounted in {first} already, for both call your {known[0]}."
+            result = result._replace(points=float(result.out_of), message=told)
+        for helper in helpers:
+            charged.setdefault((question, helper), task.name)
+        found.append(result)
+    return found
 
 
 # ------------------------------------------------------------------------------------------ copies

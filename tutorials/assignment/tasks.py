@@ -157,6 +157,28 @@ def centred(rewards, std=lambda r: r.std(1, correction=0, keepdim=True)):
 GROUPS = tensor([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0])
 R3 = 3**0.5
 
+
+def own_mean(rewards, scale=True, mean=0.0):
+    """Another number in the place of the group's mean; the rest is right."""
+    std = rewards.std(1, correction=0, keepdim=True)
+    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return torch.where(flat, torch.zeros(()), (rewards - mean) / (std if scale else 1))
+
+
+def of_the_others(rewards, scale=True):
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return own_mean(rewards, scale, others)
+
+
+def sample_std(small):
+    """torch's default std plus a small number, and no thought of groups that are all equal."""
+    return lambda rewards, scale=True: (
+        centred(rewards, lambda r: r.std(1, keepdim=True) + small)
+        if scale
+        else reference.group_advantages(rewards, False)
+    )
+
+
 GROUP_ADVANTAGES = Task(
     "group_advantages",
     PARTS[0],
@@ -192,12 +214,22 @@ GROUP_ADVANTAGES = Task(
          lambda rewards, scale=True: centred(
              rewards, lambda r: r.std(1, correction=0, keepdim=True) + 1e-4) if scale
          else reference.group_advantages(rewards, False)),
+        *[("Whose standard deviation is it? torch's default takes the G rewards for a sample. And "
+           "what if all rewards are equal?", sample_std(small)) for small in (0, 1e-8, 1e-6, 1e-4)],
         ("Did you compare answers of different problems? The mean is over the whole batch.",
          lambda rewards, scale=True: (rewards - rewards.mean())
          / (rewards.std(correction=0) if scale else 1)),
         ("Is the mean over the whole batch, and only the std the group's?",
          lambda rewards, scale=True: (rewards - rewards.mean())
          / (rewards.std(1, correction=0, keepdim=True) if scale else 1)),
+        ("Is the standard deviation over the whole batch, and only the mean the group's?",
+         lambda rewards, scale=True: (rewards - rewards.mean(1, keepdim=True))
+         / (rewards.std(correction=0) if scale else 1)),
+        ("Is an answer left out of the mean it is compared with? That is over all G.",
+         of_the_others),
+        ("Do you subtract nothing?", own_mean),
+        ("Have you turned round the difference? Above the mean is a plus.",
+         lambda rewards, scale=True: -reference.group_advantages(rewards, scale)),
         ("Do you divide by the variance? The standard deviation is its root.",
          lambda rewards, scale=True: reference.group_advantages(rewards, scale)
          / (rewards.std(1, correction=0, keepdim=True).clamp(min=1e-9) if scale else 1)),
@@ -235,6 +267,15 @@ MASKED_MEAN = Task(
          else reference.masked_mean(x, mask, dim)),
         ("Do you forget `dim`? Each row has its own mean.",
          lambda x, mask, dim=None: reference.masked_mean(x, mask)),
+        ("Along which dimension is `dim`? You always take the other one.",
+         lambda x, mask, dim=None: reference.masked_mean(x, mask, dim if dim is None else 1 - dim)),
+        ("Is it the sum?",
+         lambda x, mask, dim=None: (x * mask).sum() if dim is None else (x * mask).sum(dim)),
+        ("Do you add a small number to the count? It changes every mean.",
+         lambda x, mask, dim=None: (x * mask).sum(dim) / (mask.sum(dim) + 1e-4)),
+        ("Do you keep the dimension? The shape that is asked for has it no more.",
+         lambda x, mask, dim=None: reference.masked_mean(x, mask, dim)
+         if dim is None else reference.masked_mean(x, mask, dim)[:, None]),
         ("Do you forget the mask?",
          lambda x, mask, dim=None: x.mean() if dim is None else x.mean(dim)),
     ],
@@ -243,8 +284,8 @@ MASKED_MEAN = Task(
 
 
 def policy(table) -> Bigram:
-    """From rows of probabilities: those of each word after the row's."""
-    return Bigram(torch.as_tensor(table).log().T)
+    """From rows of probabilities: those of each word after the row's. Logits, so up to a constant."""
+    return Bigram(torch.as_tensor(table).log().T + 1)
 
 
 POLICY = policy([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.1, 0.1, 0.8]])
@@ -300,10 +341,23 @@ TOKEN_LOGPROBS = Task(
          lambda model, batch, temperature=1.0: (model(batch.input_ids).logits / temperature)
          .softmax(-1).log()[torch.arange(len(batch.mask))[:, None], places(batch), batch.targets]
          * batch.mask),
-        ("Do you count places from the right? Rows end at different ones, padding follows.",
+        ("Do you take the same places in all rows? Contexts differ in length, and padding follows.",
          lambda model, batch, temperature=1.0: (model(batch.input_ids).logits / temperature)
          .log_softmax(-1)[:, -batch.mask.shape[1] - 1 : -1]
          .gather(-1, batch.targets[..., None])[..., 0] * batch.mask),
+        ("Do you multiply by the temperature?",
+         lambda model, batch, temperature=1.0: picked(model, batch, 1, 1 / temperature)
+         * batch.mask),
+        ("Are these the logits? Their probabilities do not sum to 1.",
+         lambda model, batch, temperature=1.0: (model(batch.input_ids).logits / temperature)[
+             torch.arange(len(batch.mask))[:, None], places(batch), batch.targets] * batch.mask),
+        ("Over what is your softmax? Over words, not over places.",
+         lambda model, batch, temperature=1.0: (model(batch.input_ids).logits / temperature)
+         .log_softmax(1)[torch.arange(len(batch.mask))[:, None], places(batch), batch.targets]
+         * batch.mask),
+        ("Is the sign that of a loss? A log-probability is not above 0.",
+         lambda model, batch, temperature=1.0: -picked(model, batch, 1, temperature)
+         * batch.mask),
         ("Do you return probabilities?",
          lambda model, batch, temperature=1.0: picked(model, batch, 1, temperature).exp()
          * batch.mask),
@@ -377,6 +431,21 @@ CLIPPED_SURROGATE = Task(
                  r * a, r.clamp(1 / (1 + clip_eps), 1 + clip_eps) * a),
              lambda r, c, a: r * a > r.clamp(1 / (1 + clip_eps), 1 + clip_eps) * a,
          )(log_ratio, advantages, clip_eps)),
+        ("Do you clip from below only? The range has an upper end too.",
+         lambda log_ratio, advantages, clip_eps: surrogate(
+             lambda r, c, a: torch.minimum(r * a, r.clamp(min=1 - clip_eps) * a),
+             lambda r, c, a: r * a > r.clamp(min=1 - clip_eps) * a,
+         )(log_ratio, advantages, clip_eps)),
+        ("Do you clip the log-ratio? The range is the ratio's.",
+         lambda log_ratio, advantages, clip_eps: surrogate(
+             lambda r, c, a: torch.minimum(
+                 r * a, torch.clamp(log_ratio, 0 * log_ratio - clip_eps, 0 * log_ratio + clip_eps)
+                 .exp() * a))(log_ratio, advantages, clip_eps)),
+        ("Is there no clip in the objective?", surrogate(lambda r, c, a: r * a)),
+        ("Where the two terms are equal, has the clip taken anything away?",
+         surrogate(None, lambda r, c, a: c * a <= r * a)),
+        ("Do you average? Each action has its own objective.",
+         surrogate(lambda r, c, a: torch.minimum(r * a, c * a).mean())),
         ("Do you take the log-ratio for the ratio?",
          lambda log_ratio, advantages, clip_eps: (
              torch.minimum(log_ratio * advantages,
@@ -412,6 +481,12 @@ K3 = Task(
          lambda log_ratio: log_ratio.exp() - 1 - log_ratio),
         ("Is the log-ratio cut to [-10, 10] wherever it stands?",
          lambda log_ratio: log_ratio.clamp(-10, 10).exp() - 1 - log_ratio),
+        ("Is yours 1 where p and q agree? The KL is 0 there.",
+         lambda log_ratio: reference.k3(log_ratio) + 1),
+        ("Is the log-ratio added that should be subtracted?",
+         lambda log_ratio: reference.k3(log_ratio) + 2 * log_ratio.clamp(-10, 10)),
+        ("Is the log-ratio weighted with the ratio? Tokens are drawn from p already.",
+         lambda log_ratio: reference.k3(-log_ratio) * log_ratio.clamp(-10, 10).exp()),
         ("Have the signs changed? Yours is never positive.",
          lambda log_ratio: -reference.k3(log_ratio)),
     ],
@@ -455,6 +530,13 @@ SEGMENT_STARTS = Task(
              t + 1 for t in reference.segment_starts(probs, interval, threshold)]),
         ("Which cutpoint is the first to begin a segment? You wait for a full interval.",
          lambda probs, interval, threshold: cutpoints(probs, threshold)[interval - 1::interval]),
+        ("Do you leave out the first cutpoint?",
+         lambda probs, interval, threshold: cutpoints(probs, threshold)[1::interval]),
+        ("Is your interval one too many? Count again which cutpoints begin a segment.",
+         lambda probs, interval, threshold: cutpoints(probs, threshold)[:: interval + 1]),
+        ("Do you return numbers of cutpoints? A start is a place in the answer.",
+         lambda probs, interval, threshold: [
+             *range(0, len(cutpoints(probs, threshold)), interval)]),
         ("With interval 1, which cutpoints begin a segment? A remainder by 1 is never 1.",
          lambda probs, interval, threshold: [
              t for n, t in enumerate(cutpoints(probs, threshold), 1) if n % interval == 1]),
@@ -496,6 +578,18 @@ CHAIN_ADVANTAGES = Task(
         ("What is the value of the end? The answer's own reward is known; you left it out.",
          lambda starts, values, reward, length: spread(
              starts, [b - a for a, b in zip(values, [*values[1:], *values[-1:]])], length)),
+        ("Is the value of the end 0? The answer's own reward is known.",
+         lambda starts, values, reward, length: reference.chain_advantages(
+             starts, values, 0.0, length)),
+        ("Does your segment answer for the one before it?",
+         lambda starts, values, reward, length: spread(
+             starts, [b - a for a, b in zip([0.0, *values], values)], length)),
+        ("Does your segment begin one token late?",
+         lambda starts, values, reward, length: torch.cat([torch.zeros(min(length, 1)),
+             reference.chain_advantages(starts, values, reward, length)[:-1]])),
+        ("Do tokens before the first start have the first segment's?",
+         lambda starts, values, reward, length: reference.chain_advantages(
+             [0, *starts[1:]] if starts else [], values, reward, length)),
         ("Have you turned round the difference? A segment that raised the value gets a minus.",
          lambda *args: -reference.chain_advantages(*args)),
         ("Is every segment compared with the final reward? Then later segments answer for earlier "
@@ -585,6 +679,31 @@ def zero_over_zero(parents, rewards, scale=False):
     return values, [math.nan if f else a for f, a in zip(flat, advantages)]
 
 
+def tree_scaled(parents, rewards, scale=False):
+    values, advantages = reference.tree_advantages(parents, rewards)
+    std = torch.tensor(advantages).std(correction=0).item() or 1.0
+    return values, [a / std if scale else a for a in advantages]
+
+
+def small_added(parents, rewards, scale=False):
+    values, advantages = reference.tree_advantages(parents, rewards)
+    scaled = reference.tree_advantages(parents, rewards, True)[1]  # A / std
+    return values, [a / (a / s + 1e-4) if scale and s else a for a, s in zip(advantages, scaled)]
+
+
+def too_early(parents, rewards, scale=False):
+    """From the first node to the last, a parent before its children."""
+    values = [float(r) for r in rewards]
+    for n in range(len(parents)):
+        below = [values[c] for c, p in enumerate(parents) if p == n]
+        values[n] = sum(below) / len(below) if below else values[n]
+    advantages = [v - values[p] if p >= 0 else 0.0 for v, p in zip(values, parents)]
+    for n, p in enumerate(parents):
+        std = torch.tensor([v for v, q in zip(values, parents) if q == p]).std(correction=0).item()
+        advantages[n] /= std if scale and std else 1.0
+    return values, advantages
+
+
 SMALL = ([-1, 0, 0, 1, 1], [0, 0, 0, 1, 0])
 EARLY = ([-1, 0, 0, 0, 1, 1, 1], [0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
 COUSINS = ([-1, 0, 0, 1, 1, 2, 2], [0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.5])
@@ -616,6 +735,9 @@ TREE_ADVANTAGES = Task(
         ("Does the reward of an inner node count? Only leaves have an outcome.",
          tree_with(value=lambda below, leaves, reward: reward + sum(below) / len(below))),
         ("Is the value the best child's?", tree_with(value=lambda below, *_: max(below))),
+        ("Is the value the sum over the children?", tree_with(value=lambda below, *_: sum(below))),
+        ("Do you take a child's value before it is computed? Children stand behind their parent.",
+         too_early),
         ("Is every node compared with the root?",
          tree_with(advantage=lambda v, siblings, above, root: v - root)),
         ("Do you leave the node itself out of the mean it is compared with?",
@@ -627,6 +749,10 @@ TREE_ADVANTAGES = Task(
          sample_scaled),
         ("Whose standard deviation is it? That of a node and its siblings, not of their level.",
          level_scaled),
+        ("Whose standard deviation is it? That of a node and its siblings, not of the tree.",
+         tree_scaled),
+        ("Do you add a small number to the standard deviation? It changes every advantage.",
+         small_added),
         ("What if all siblings are equal? You divide 0 by 0.", zero_over_zero),
         ("Do you forget `scale`?",
          lambda parents, rewards, scale=False: reference.tree_advantages(parents, rewards)),
@@ -657,6 +783,9 @@ TRAINED_TOKENS = Task(
         ("Do you train the sure tokens?",
          lambda batch, cfg: batch.mask & (batch.old_logprobs.exp() >= cfg.threshold) if cfg.mask
          else batch.mask),
+        ("Do you train the sure tokens?",
+         lambda batch, cfg: batch.mask & (batch.old_logprobs.exp() > cfg.threshold) if cfg.mask
+         else batch.mask),
         ("Is a token right at the threshold trained?",
          lambda batch, cfg: batch.mask & (batch.old_logprobs.exp() <= cfg.threshold) if cfg.mask
          else batch.mask),
@@ -666,6 +795,9 @@ TRAINED_TOKENS = Task(
         ("Do you train padding that looks unsure? Only batch.mask knows where tokens stand.",
          lambda batch, cfg: batch.old_logprobs.exp() < cfg.threshold if cfg.mask
          else batch.mask),
+        ("Where is batch.mask? You train padding, with the mask on and off.",
+         lambda batch, cfg: batch.old_logprobs.exp() < cfg.threshold if cfg.mask
+         else torch.ones_like(batch.mask)),
         ("Do you forget cfg.mask?",
          lambda batch, cfg: batch.mask & (batch.old_logprobs.exp() < cfg.threshold)),
     ],
@@ -714,6 +846,23 @@ SPO_LOSS = Task(
     [
         ("Is the normaliser that of the micro-batch? Then the result depends on how it is cut.",
          spo_wrong(lambda o, batch, mask, z: -(o * mask).sum() / mask.sum().clamp(min=1))),
+        ("Is the normaliser that of the micro-batch? Then the result depends on how it is cut.",
+         spo_wrong(lambda o, batch, mask, z: -(o * mask).sum() / batch.mask.sum())),
+        ("Do you divide by all places, padding too? Z counts tokens.",
+         spo_wrong(lambda o, batch, mask, z: -(o * mask).mean())),
+        ("Do you divide by rows? Z counts tokens.",
+         spo_wrong(lambda o, batch, mask, z: -(o * mask).sum(1).mean())),
+        ("Is your ratio always 1? pi_old is the policy that sampled, not the one of now.",
+         lambda logprobs, batch, *rest: reference.spo_loss(
+             logprobs, batch._replace(old_logprobs=logprobs.detach()), *rest)),
+        ("Is there no clip in the loss?",
+         lambda logprobs, batch, mask, z, clip_eps: (
+             -((logprobs - batch.old_logprobs).exp() * batch.advantages * mask).sum() / max(z, 1),
+             reference.spo_loss(logprobs, batch, mask, z, clip_eps)[1])),
+        ("Do you use the log-probability? SPO's objective has a ratio.",
+         lambda logprobs, batch, mask, z, clip_eps: (
+             -(logprobs * batch.advantages * mask).sum() / max(z, 1),
+             reference.spo_loss(logprobs, batch, mask, z, clip_eps)[1])),
         ("Is the sign that of an objective? A loss is minimised.",
          spo_wrong(lambda o, batch, mask, z: (o * mask).sum() / max(z, 1))),
         ("Do you train tokens outside M?",
@@ -722,6 +871,8 @@ SPO_LOSS = Task(
          spo_wrong(lambda o, batch, mask, z: -(o * mask).sum() / torch.tensor(float(z)))),
         ("Is it a mean of the rows' means? Z counts tokens.",
          spo_wrong(lambda o, batch, mask, z: -reference.masked_mean(o, mask, 1).mean())),
+        ("Is it a mean of the rows' means? Z counts tokens.",
+         spo_wrong(lambda o, batch, mask, z: -reference.masked_mean(o, mask, 1).sum() / max(z, 1))),
         ("Do you take the log-probability for the log-ratio? Something is to be subtracted.",
          lambda logprobs, batch, *rest: reference.spo_loss(
              logprobs, batch._replace(old_logprobs=0 * logprobs), *rest)),
@@ -771,6 +922,9 @@ BLOCK_WEIGHTS = Task(
         ("Do the future tokens share in equal parts? Yours have less the later they come.",
          lambda k, w: torch.tensor([w**n for n in range(k)]) / sum(w**n for n in range(k))
          if isinstance(w, float) else reference.block_weights(k, w)),
+        ("Do the future tokens share in equal parts? Yours have less the later they come.",
+         lambda k, w: torch.tensor([w**n for n in range(k)]) if isinstance(w, float)
+         else reference.block_weights(k, w)),
         ("Do joint weights sum to 1? Eq. 8 is a plain product of ratios.",
          lambda k, w: reference.block_weights(k, "uniform" if w == "joint" else w)),
         ("Do uniform weights sum to 1?",
@@ -781,22 +935,26 @@ BLOCK_WEIGHTS = Task(
 
 
 def block_wrong(*, tail="scaled", start="mask", layout=None, first_only=False, backward=False,
-                weights=None, pad=False):  # fmt: skip
+                weights=None, pad=False, late=0, turned=False, last=False):  # fmt: skip
     """A wrong block_log_ratio, as a double loop. tail: "scaled", or "cut" without rescaling; start:
-    blocks count from the "mask" or the "row"; pad: what is outside the mask counts as tokens."""
+    blocks count from the "mask" or the "row"; pad: what is outside the mask counts as tokens; late:
+    windows begin so many tokens later; beta "turned" round, or its "last" weights at the end."""
 
     def wrong(log_ratio, mask, block_size, layout_, weights_):
         how, weigh = layout or layout_, weights or weights_
         beta, out = reference.block_weights(block_size, weigh), torch.zeros_like(log_ratio)
+        beta = beta.flip(0) if turned else beta
         for i, row in enumerate(mask.tolist()):
             inside = [t for t, m in enumerate(row) if m]
             for t in inside:
                 origin = inside[0] if start == "mask" else 0
-                at = t - (t - origin) % block_size if how == "block" else t
-                span = range(at, at + block_size) if not backward else range(
-                    t, t - block_size, -1)
-                kept = [(n, u) for n, u in enumerate(span) if 0 <= u < len(row)
-                        and (pad or u in inside)]
+                at = t - (t - origin) % block_size if how == "block" else t + late
+                span = range(at, at + block_size) if not backward else range(t, t - block_size, -1)
+                kept = [
+                    (n, u) for n, u in enumerate(span) if 0 <= u < len(row) and (pad or u in inside)
+                ]
+                skipped = block_size - len(kept) if last else 0
+                kept = [(n + skipped, u) for n, u in kept]
                 total = sum(float(beta[n]) for n, _ in kept)
                 scaled = tail == "scaled" and weigh != "joint"
                 x = sum(float(beta[n]) * log_ratio[i, u] for n, u in kept)
@@ -859,6 +1017,11 @@ BLOCK_LOG_RATIO = Task(
          block_wrong(first_only=True)),
         ("Does your window look back? An action is a token and those after it.",
          block_wrong(backward=True)),
+        ("Does your window begin after its token? It begins with it.", block_wrong(late=1)),
+        ("Which weight has the first token? You count beta from the other end.",
+         block_wrong(turned=True)),
+        ("Which weights are left where fewer than K tokens are? The first ones, not the last.",
+         block_wrong(last=True)),
         ("Is joint a mean? Its weights are not scaled.", lambda l, mask, k, layout, weights:
          block_wrong()(l, mask, k, layout, "uniform" if weights == "joint" else weights)),
         ("Are joint weights scaled up where fewer than K tokens are left? Only the others are.",
@@ -884,8 +1047,10 @@ def mpo_cfg(block_size=2, layout="window", weights="uniform", scale_eps=False):
     )
 
 
-def eps_wrong(norm, tail=True):
-    """A wrong scaled_eps: norm(weights) in the place of the norm; tail: the end is as it should."""
+def eps_wrong(norm, tail=True, start="mask", pad=True, rescaled=True):
+    """A wrong scaled_eps: norm(weights) in the place of the norm; tail: the end is as it should;
+    start: blocks count from the "mask" or the "row"; pad: places before the mask count as tokens;
+    rescaled: so are the weights that are left at the end."""
 
     def wrong(mask, cfg):
         out = torch.zeros(mask.shape)
@@ -893,10 +1058,12 @@ def eps_wrong(norm, tail=True):
         for i, row in enumerate(mask.tolist()):
             inside = [t for t, m in enumerate(row) if m]
             for t in inside:
-                at = t - (t - inside[0]) % k if cfg.layout == "block" else t
+                origin = inside[0] if start == "mask" else 0
+                at = t - (t - origin) % k if cfg.layout == "block" else t
                 left = min(k, inside[-1] + 1 - at) if tail else k
-                beta = reference.block_weights(k, cfg.weights)[:left]
-                beta = beta if cfg.weights == "joint" else beta / beta.sum()
+                skipped = 0 if pad else max(0, inside[0] - at)
+                beta = reference.block_weights(k, cfg.weights)[skipped:left]
+                beta = beta / beta.sum() if rescaled and cfg.weights != "joint" else beta
                 out[i, t] = cfg.clip_eps * norm(beta)
         return out
 
@@ -918,6 +1085,8 @@ SCALED_EPS = Task(
         Case("windows of three, share one half", (ROWS, mpo_cfg(3, weights=0.5)),
              [[0.2 * 0.375**0.5] * 2 + [0.2 * 5**0.5 / 3, 0.2, ANY],
               [0.2 * 5**0.5 / 3, 0.2, ANY, ANY, ANY]]),
+        Case("blocks in a row that starts late", (LATE[:, :4], mpo_cfg(layout="block")),
+             [[ANY, 0.2 * R2, 0.2 * R2, 0.2]]),
         Property("K = 1 leaves the range as it is",
                  lambda f: near(f(ROWS, mpo_cfg(1))[ROWS], [0.2] * 6)),
     ],
@@ -927,9 +1096,20 @@ SCALED_EPS = Task(
         ("Does the range grow with K whatever the weights?", eps_wrong(lambda b: len(b) ** 0.5)),
         ("Does a share change the range? You count tokens, whatever weights they have.",
          eps_wrong(lambda b: len(b) ** (0.5 if b.sum() > 1.5 else -0.5))),
+        ("Does the range shrink with K whatever the weights?",
+         eps_wrong(lambda b: len(b) ** -0.5)),
+        ("Do you divide by K? That is no norm.", eps_wrong(lambda b: 1 / len(b))),
+        ("Is that the norm alone? The range is cfg.clip_eps times it.",
+         lambda mask, cfg: eps_wrong(lambda b: b.norm())(mask, cfg) / cfg.clip_eps),
+        ("What happens to the weights where fewer than K tokens are left? Yours sum to less "
+         "than 1.", eps_wrong(lambda b: b.norm(), rescaled=False)),
         ("Do you divide by the norm?", eps_wrong(lambda b: 1 / b.norm())),
         ("Is the range the same at the row's end? There R has other weights.",
          eps_wrong(lambda b: b.norm(), tail=False)),
+        ("Do your blocks count from the batch's first column? Count from the row's own token.",
+         eps_wrong(lambda b: b.norm(), start="row")),
+        ("Do your blocks count from the batch's first column? Count from the row's own token.",
+         eps_wrong(lambda b: b.norm(), start="row", pad=False)),
         ("Does every token of a block have its block's range?", lambda mask, cfg:
          eps_wrong(lambda b: b.norm())(mask, SimpleNamespace(**{**vars(cfg), "layout": "window"}))),
     ],
@@ -995,6 +1175,12 @@ MPO_LOSS = Task(
          mpo_wrong(lambda o, batch, n: (o * batch.mask).sum() / n)),
         ("Is it a mean of the rows' means? N counts tokens.",
          mpo_wrong(lambda o, batch, n: -reference.masked_mean(o, batch.mask, 1).mean())),
+        ("Is it a mean of the rows' means? N counts tokens.",
+         mpo_wrong(lambda o, batch, n: -reference.masked_mean(o, batch.mask, 1).sum() / n)),
+        ("Do you divide by rows? N counts tokens.",
+         mpo_wrong(lambda o, batch, n: -(o * batch.mask).sum(1).mean())),
+        ("Do you divide by all places, padding too? N counts tokens.",
+         mpo_wrong(lambda o, batch, n: -(o * batch.mask).mean())),
         ("Has each token its own advantage? Yours have their row's first one.",
          lambda log_ratio, batch, *rest: reference.mpo_loss(
              log_ratio, batch._replace(
@@ -1017,11 +1203,12 @@ def ids_of(text: str, end=True) -> list[int]:
 
 
 def lines_wrong(*, end_counts=False, blank_counts=False, delimiter_starts=False, most=True,
-                blank_first=False):  # fmt: skip
+                blank_first=False, shorter=False, always=False, fewer=0):  # fmt: skip
     """A wrong step_starts: what it takes for a step, or for its first token."""
 
     def wrong(ids, tokenizer, delimiter="\n", max_steps=20, stops=frozenset()):
-        ended = ids and ids[-1] in {*tokenizer.all_special_ids, *stops}
+        ends = {*tokenizer.all_special_ids, *(() if shorter else stops)}
+        ended = ids and (always or ids[-1] in ends)
         ids = ids[:-1] if ended and not end_counts else ids
         text = [tokenizer.decode([id]) for id in ids]
         begins = [0, *(t + 1 for t, piece in enumerate(text) if piece == delimiter)]
@@ -1030,7 +1217,7 @@ def lines_wrong(*, end_counts=False, blank_counts=False, delimiter_starts=False,
             full = [a for a, b in spans if "".join(text[a:b]).strip()]
             begins = sorted({0, *(full if blank_first else full[1:])})
         begins = [t - 1 if delimiter_starts and t else t for t in begins if t < len(ids) or not t]
-        return begins[:max_steps] if most else begins
+        return begins[: max_steps - fewer] if most else begins
 
     return wrong
 
@@ -1060,6 +1247,10 @@ STEP_STARTS = Task(
         ("To which step does the delimiter belong? It ends one, it does not begin one.",
          lines_wrong(delimiter_starts=True)),
         ("Do you keep to max_steps?", lines_wrong(most=False)),
+        ("Do you stop one step too early? max_steps are allowed.", lines_wrong(fewer=1)),
+        ("Do you take off the last token whatever it is? An answer may be cut.",
+         lines_wrong(always=True)),
+        ("Do you forget `stops`? They end an answer too.", lines_wrong(shorter=True)),
         ("Do you always look for a line break?", lambda ids, tokenizer, delimiter="\n", *rest:
          reference.step_starts(ids, tokenizer, "\n", *rest)),
     ],
@@ -1083,6 +1274,12 @@ def uncertain(below, otherwise=None):
     return wrong
 
 
+def uncertain_means(probs, starts, threshold):
+    spans = zip(starts, [*starts[1:], len(probs)])
+    means = [sum(probs[a:b]) / (b - a) for a, b in spans]
+    return next((k for k, p in enumerate(means, 1) if p < threshold), means.index(min(means)) + 1)
+
+
 DOUBTS = [0.99, 0.97, 0.95, 0.6, 0.99, 0.2, 0.99]
 LOCALIZE_UNCERTAIN = Task(
     "localise_uncertain",
@@ -1099,6 +1296,10 @@ LOCALIZE_UNCERTAIN = Task(
     [
         ("Are your steps numbered from 0?",
          lambda *args: reference.localise_uncertain(*args) - 1),
+        ("Do you count one step too many?",
+         lambda *args: reference.localise_uncertain(*args) + 1),
+        ("Do you average over a step? One token in doubt is enough.",
+         uncertain_means),
         ("Do you look for the least likely token of all? The first doubt counts.",
          lambda probs, starts, threshold: localise_surprise(probs, starts)),
         ("Do you take the last doubt? The first one counts.",
@@ -1120,6 +1321,10 @@ LOCALIZE_UNCERTAIN = Task(
          lambda probs, starts, threshold: max(1, step_of(
              next((t for t, p in enumerate(probs) if p < threshold), probs.index(min(probs))) - 1,
              starts))),
+        ("Is a doubt in a step's first token put into the step before?",
+         lambda probs, starts, threshold: step_of(
+             next((t for t, p in enumerate(probs) if p < threshold), probs.index(min(probs))) - 1,
+             starts)),
     ],
     drawn_doubts,
 )  # fmt: skip
@@ -1181,6 +1386,13 @@ RESET_LOSS = Task(
         ("With a clip, do you take the log-probability for the log-ratio?",
          lambda logprobs, batch, *rest: reference.reset_loss(
              logprobs, batch._replace(old_logprobs=0 * logprobs), *rest)),
+        ("Is your ratio always 1? pi_old is the policy that sampled, not the one of now.",
+         lambda logprobs, batch, *rest: reference.reset_loss(
+             logprobs, batch._replace(old_logprobs=logprobs.detach()), *rest)),
+        ("Without a clip, what has it taken away? Nothing, so False everywhere.",
+         lambda logprobs, batch, n, clip_eps: (
+             reference.reset_loss(logprobs, batch, n, clip_eps)[0], batch.mask) if not clip_eps
+         else reference.reset_loss(logprobs, batch, n, clip_eps)),
         ("Do you forget clip_eps?",
          lambda logprobs, batch, n, clip_eps: reference.reset_loss(logprobs, batch, n, 0.0)),
     ],

@@ -131,6 +131,8 @@ def picture(yours: dict, reference: dict, accuracies: dict, path: Path) -> bool:
         axis.xaxis.set_major_locator(pyplot.MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.03, 1.03)
+    if not curves.seen([*yours["loss"], *reference["loss"]]):
+        axes[1].set_ylim(-0.001, 0.001)  # rounding errors alone are drawn as a flat line
     handles, titles = axes[0].get_legend_handles_labels()
     figure.legend(handles, titles, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
