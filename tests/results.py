@@ -87,6 +87,12 @@ def mpo_rows(more: str) -> list[Row]:
 GRPO = "--partition trajectory"
 MASKED = Row("GRPO + mask", GRPO, "64 x 2")
 UNMASKED = Row("GRPO", f"{GRPO} --mask False", "64 x 2", {"GRPO + mask": "no mask"})
+SCALED = Row(
+    "GRPO, norm 0.025",
+    f"{GRPO} --mask False --max_grad_norm 0.025",
+    "64 x 2",
+    {"GRPO": "--max_grad_norm", "GRPO + mask": "no mask, and as many gradients scaled down"},
+)
 CHAIN = Row("SPO-chain", "", "64 x 2", {"GRPO + mask": "a value for each segment"})
 LONGER = Row(  # about as many tokens as the chain samples
     "GRPO + mask, 160 rounds", f"{GRPO} --steps 160", "64 x 2", {"GRPO + mask": "60 rounds more"}
@@ -100,6 +106,7 @@ TABLES = dict(
         [
             MASKED,
             UNMASKED,
+            SCALED,
             LONGER,
             CHAIN._replace(beside=CHAIN.beside | FOR_TOKENS),
         ],
@@ -112,15 +119,7 @@ TABLES = dict(
         [
             MASKED,
             UNMASKED,
-            Row(
-                "GRPO, norm 0.025",
-                f"{GRPO} --mask False --max_grad_norm 0.025",
-                "64 x 2",
-                {
-                    "GRPO": "--max_grad_norm",
-                    "GRPO + mask": "no mask, and about as many gradients scaled down",
-                },
-            ),
+            SCALED,
         ],
         ("grad_norm",),
     ),
