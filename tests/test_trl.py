@@ -408,9 +408,10 @@ def test_zero_2_makes_the_updates_of_plain_copies(policy, tmp_path):
     DeepSpeed has not yet compiled what talks between CPUs, that takes minutes."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     words = "mpo --prompts 6 --group_size 4 --batch_size 24".split()
-    words += [*SMALL, "--steps", "3", "--model", policy]
-    zero = ["--", "--deepspeed", ROOT / "tutorials" / "zero2.json"]
+    words += [*SMALL, "--steps", "3", "--lr", "0.1", "--model", policy]
+    zero = ["--deepspeed", ROOT / "tutorials" / "zero2.json"]
     for name, flags in (("copies", []), ("shards", zero)):
+        flags = ["--", "--optim", "sgd", *flags]  # AdamW would hide a wrong normaliser
         script = ROOT / "tutorials" / "trl_adapter.py"
         done = python(tmp_path, script, *words, "--name", name, *flags, processes=2)
         assert done.returncode == 0, done.stderr[-4000:]
