@@ -423,7 +423,7 @@ def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[
 def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
     """The front page's: what was trained on, what it took, what came, and beside what."""
     lines = [
-        "| | script, rounds | answers | tokens | held-out accuracy | lowest seed | less that of |",
+        "| | script, rounds | answers | tokens | held-out accuracy | lowest seed | minus that of |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:
