@@ -1397,10 +1397,13 @@ def parse_args(config_class, script: str, description: str, tiny: dict, large: d
     except UnicodeEncodeError:
         raise BadInput("an argument is not text in UTF-8") from None
     given = parser.parse_known_args([word for word in typed if word not in ("-h", "--help")])[0]
-    if given.model and given.data != "sums":
+    trained = given.model and given.data != "sums"
+    if trained:
         parser.set_defaults(**LARGE | large)
     if given.tiny:
         parser.set_defaults(**tiny)
+        if trained:  # a small experiment, but at the model's rate
+            parser.set_defaults(lr=large["lr"])
     if given.model:
         parser.set_defaults(warm_start_steps=0)
     if given.resume or (given.eval_only and not given.model):  # as the run began
