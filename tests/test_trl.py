@@ -352,6 +352,7 @@ def test_trees_without_any_signal_change_nothing(monkeypatch, policy, tmp_path):
         ("mpo -- --learning_rate=0.1", "--learning_rate behind --"),
         ("mpo -- --nothing 1", "--nothing"),
         ("mpo -- --fsdp", "--fsdp behind --"),
+        ("mpo -- --save_strategy steps --load_best_model_at_end True", "behind --: "),
         ("mpo -- --use_vllm True --vllm_mode server", "--vllm_mode"),
     ],
 )
@@ -364,6 +365,17 @@ def test_bad_input_is_one_line(words, wrong):
 def test_problems_that_do_not_divide_among_processes_are_refused():
     with pytest.raises(BadInput, match="--prompts 63: .* among 2 processes"):
         settings_of(["spo-chain", "--prompts", "63", "--batch_size", "0"], processes=2)
+
+
+def test_room_is_looked_at_before_training(monkeypatch, policy, tmp_path):
+    trainer = trainer_of(CASES["mpo"], policy, tmp_path)
+    weights = trainer.model.num_parameters()
+    free = 12 * weights + 2 * 1000 * common.token_bytes(trainer.model, trainer.compute)
+    monkeypatch.setattr(common, "free_memory", lambda device: free)
+    assert trainer_of(CASES["mpo"], policy, tmp_path).compute.sampling_tokens == 1000
+    monkeypatch.setattr(common, "window", lambda model: 5)
+    with pytest.raises(BadInput, match="exceeds the model's window of 5"):
+        trainer_of(CASES["mpo"], policy, tmp_path)
 
 
 def test_a_pass_has_as_many_rows_as_divide_an_update():

@@ -141,11 +141,15 @@ class Trainer(GRPOTrainer):
         self.cfg = cfg
         self.compute = Compute(torch.bfloat16 if args.bf16 else torch.float32)
         self.compute.training_tokens = run.training_tokens or common.training_tokens(args.device)
-        self.compute.sampling_tokens = run.sampling_tokens or self.compute.sampling_tokens
         self.problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
         model, tokenizer = common.starting_policy(run, self.problems, args.device, self.compute)
         common.no_dropout(model)
+        self.compute.sampling_tokens = run.sampling_tokens or common.sampling_tokens(
+            common.free_memory(args.device), model.num_parameters(),
+            common.token_bytes(model, self.compute),
+        )  # fmt: skip
         self.instruction = common.pick_instruction(run, tokenizer)
+        common.check_prompts(self.problems, tokenizer, self.instruction, common.window(model))
         # Process 0 draws what the script draws from the same seed.
         self.generator = torch.Generator(args.device).manual_seed(run.seed + args.process_index)
         super().__init__(
@@ -240,7 +244,10 @@ def trl_arguments(method: str, cfg, run: RunConfig, flags: list[str], processes:
     typed = {word.split("=")[0].removeprefix("--") for word in flags}
     if taken := sorted(typed & settings.keys()):
         raise BadInput(f"--{taken[0]} behind --: is set here, or by the script's flags")
-    return GRPOConfig(**given | settings, per_device_train_batch_size=micro)
+    try:
+        return GRPOConfig(**given | settings, per_device_train_batch_size=micro)
+    except ValueError as error:
+        raise BadInput(f"behind --: {common.one_line(error)}") from None
 
 
 def main() -> None:
