@@ -6,10 +6,10 @@
 
 How a table comes about. Each row has a command. Its learning rate is the one of RATES with the best
 mean accuracy over RATE_SEEDS, which the table then does not use; the row is run with it for each of
-SEEDS. A seed is a table of wrong facts, a warm start and problems of its own, the same in all rows,
-so rows are compared seed by seed: the mean of the differences, with a 95 % interval (Student's t).
-Two runs at a time, on a core each; seconds are the processor's. Accuracy is on 150 held-out
-problems, 4 sampled answers each.
+SEEDS. (`resets_long` is of default commands, whose rate is not chosen.) A seed is a table of wrong
+facts, a warm start and problems of its own, the same in all rows, so rows are compared seed by seed:
+the mean of the differences, with a 95 % interval (Student's t). Two runs at a time, on a core each;
+seconds are the processor's. Accuracy is on 150 held-out problems, 4 sampled answers each.
 """
 
 import argparse
@@ -91,7 +91,7 @@ SCALED = Row(
     "GRPO, norm 0.025",
     f"{GRPO} --mask False --max_grad_norm 0.025",
     "64 x 2",
-    {"GRPO": "--max_grad_norm", "GRPO + mask": "no mask, and as many gradients scaled down"},
+    {"GRPO": "--max_grad_norm", "GRPO + mask": "no mask, but gradients scaled down as well"},
 )
 CHAIN = Row("SPO-chain", "", "64 x 2", {"GRPO + mask": "a value for each segment"})
 LONGER = Row(  # about as many tokens as the chain samples
@@ -116,11 +116,7 @@ TABLES = dict(
         "What the mask does: the norm of the gradient",
         "spo",
         "",
-        [
-            MASKED,
-            UNMASKED,
-            SCALED,
-        ],
+        [MASKED, UNMASKED, SCALED],
         ("grad_norm",),
     ),
     values=Table(

@@ -1146,24 +1146,11 @@ def test_the_notebooks_of_the_edition_have_the_kept_pictures_and_nothing_folded(
         assert (students / "1_assignment" / "notebooks" / file).exists(), file
 
 
-def markdown(path) -> str:
-    """The text of a Markdown file, or of a notebook's Markdown cells."""
-    if path.suffix == ".md":
-        return path.read_text("utf-8")
-    cells = json.loads(path.read_text("utf-8"))["cells"]
-    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-
-
 def test_links_of_the_edition_lead_somewhere(students):
     pages = [path for path in students.rglob("*.*") if path.suffix in (".md", ".ipynb")]
     assert len(pages) >= 10 + 11
     for page in pages:
-        text = markdown(page)
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            path, _, heading = link.partition("#")
-            file = page.parent / path if path else page
-            assert ":" in path or file.exists(), f"{page}: {link}"
-            assert not heading or heading in test_documents.headings(markdown(file)), link
+        test_documents.check_links(page)
     words = "[the sheet](README.md#start), [not there](KEY.md), [paper](https://arxiv.org/abs/1)"
     assert edition.linked(words, students / "1_assignment") == words.replace(
         "[not there](KEY.md)", "not there")  # fmt: skip

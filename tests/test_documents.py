@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ TEXTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}
 FRONT = TEXTS["README.md"]
 SCRIPTS = dict(spo=spo, mpo=mpo, reset_po=reset_po)
 ON_TRL = {"spo-chain": "spo", "spo-tree": "spo", "mpo": "mpo", "rrpo": "reset_po", "srpo": "reset_po"}  # fmt: skip
-PLACEHOLDERS = {"FOLDER", "FILE", "ADDRESS", "ZERO2.json"}
+PLACEHOLDERS = {"FOLDER", "FILE", "ADDRESS"}
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:python|torchrun|accelerate|pip|spo\.py|mpo\.py|reset_po\.py)\s[^`]+)`")
 
@@ -156,13 +157,27 @@ def headings(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def markdown(page: Path) -> str:
+    """The text of a Markdown file, or of a notebook's Markdown cells."""
+    text = page.read_text("utf-8")
+    if page.suffix == ".md":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def check_links(page: Path) -> None:
+    """Those to other addresses are not looked at."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", markdown(page)):
+        path, _, heading = link.partition("#")
+        file = page.parent / path if path else page
+        assert ":" in path or file.exists(), f"{page}: {link}"
+        assert not heading or heading in headings(markdown(file)), f"{page}: {link}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere_and_pictures_say_what_they_show(name):
-    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
-        path, _, heading = link.partition("#")
-        file = ROOT.joinpath(name).parent / path if path else ROOT / name
-        assert ":" in path or file.exists(), link
-        assert not heading or heading in headings(file.read_text("utf-8")), link
+    check_links(ROOT / name)
     for text in re.findall(r"!\[([^\]]*)\]", TEXTS[name]):
         assert len(text.split()) > 10, text
     assert "<img" not in TEXTS[name] and (name != "README.md" or TEXTS[name].count("![") >= 2)

@@ -197,8 +197,8 @@ def grade(path, limit: int = 10, seed: int = 0) -> tuple[list[Result], str]:
         tried += student.did
         if not trouble:
             for task in TASKS:
-                short = [r.name for r in results if r.points < r.out_of]
-                results.append(grade_apart(task, source, has, limit, seed, tried, short))
+                lacking = [r.name for r in results if r.points < r.out_of]
+                results.append(grade_apart(task, source, has, limit, seed, tried, lacking))
     except Cheat as error:
         tried.append((str(error), ""))
         trouble = "it was stopped"
@@ -233,9 +233,9 @@ def named(task: Task, result: Result) -> bool:
     return result.message.split("\n")[0] in [question for question, _ in task.mistakes]
 
 
-def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list, short=()) -> Result:
+def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list, lacking=()) -> Result:
     """In a process of its own; without all points once more, with the reference's version of the
-    tasks before this one, for a mistake counts once. short: those that lack points themselves."""
+    tasks before this one, for a mistake counts once. lacking: those that lack points themselves."""
     if task.name not in has:
         return Result(task.name, task.part, 0.0, task.points, "the file has no such function")
     best = graded_with([], task, source, limit, seed, tried)
@@ -245,7 +245,7 @@ def grade_apart(task: Task, source: bytes, has, limit, seed, tried: list, short=
     again = graded_with(before, task, source, limit, seed, tried)
     if again.points < best.points:
         return best
-    wrong = " and ".join(name for name in short if name in calls(source, task.name, before))
+    wrong = " and ".join(name for name in lacking if name in calls(source, task.name, before))
     if not wrong or not again.message:
         return again
     hint = f"A right {wrong} stood in the place of yours here: this is a mistake of its own."
