@@ -74,7 +74,8 @@ times its beta, which is renormalised unless joint.
 With one update a round K shows in these weights alone. By default a round makes four updates: from
 the second on ratios leave 1, and K acts through them and the clip as well.
 
-    python mpo.py                   a minute on two cores, held-out accuracy 0.22 -> 0.83
+    python mpo.py                   a minute on two cores, if the warm start is there; held-out
+                                    accuracy 0.21 -> 0.83 (ten seeds: 0.22 -> 0.89)
     python mpo.py --block_size 1    GRPO
 """
 
