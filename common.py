@@ -342,7 +342,7 @@ def draw(model, hidden, row, temperature, greedy, generator) -> Tensor:
         return logits.argmax(-1)[row]
     # Inverse CDF: one random number a rollout; torch.multinomial draws one for every id.
     exact = exact_dtype(logits.device)
-    cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1)[row]  # (R, V)
+    cdf = (logits / temperature).softmax(-1).to(exact).cumsum(-1).index_select(0, row)  # (R, V)
     u = torch.rand(len(cdf), 1, dtype=exact, device=cdf.device, generator=generator)
     token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]  # (R,)
     return token.clamp(max=cdf.shape[1] - 1)
@@ -368,6 +368,16 @@ class KeyValues(DynamicCache):
             dtype = torch.get_autocast_dtype(keys.device.type)
             keys, values = keys.to(dtype), values.to(dtype)
         return super().update(keys, values, *args, **options)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`. Of plain layers each is copied whole: indexing, as transformers
+        does it, copies number by number on a CPU and takes five times as long."""
+        for layer in self.layers:
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                layer.keys = layer.keys.index_select(0, indices)
+                layer.values = layer.values.index_select(0, indices)
+            else:
+                layer.batch_select_indices(indices)
 
     def move(self, row: Tensor, end: Tensor, width: int) -> None:
         """Keep the S rows `row`, as `columns_before` cuts them; (S, width) columns remain."""

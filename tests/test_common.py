@@ -1554,6 +1554,22 @@ def test_heads_cost_the_fewest_tokens_of_both_passes():
         assert all(head and text[: len(head)] == head for text, head in zip(texts, heads))
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_of_the_cache_are_kept_as_transformers_keeps_them(window):
+    config = transformers.MistralConfig(num_hidden_layers=3, sliding_window=window)
+    caches = [common.KeyValues(config=config), common.DynamicCache(config=config)]
+    for cache in caches:
+        generator = torch.Generator().manual_seed(0)
+        for layer in range(2):  # the third has seen nothing
+            keys, values = torch.randn(2, 3, 5, 7, 4, generator=generator)
+            cache.update(keys, values, layer)
+        cache.batch_select_indices(torch.tensor([2, 0, 0, 1]))
+    mine, theirs = (cache.layers[:2] for cache in caches)
+    for layer, same in zip(mine, theirs, strict=True):
+        assert len(layer.keys) == 4
+        assert torch.equal(layer.keys, same.keys) and torch.equal(layer.values, same.values)
+
+
 def test_a_sliding_window_sees_what_it_would_see_without_a_cache():
     """Its layers forget what is far back, so that nothing can be cut out of them: no sharing."""
     torch.manual_seed(0)
