@@ -311,7 +311,7 @@ def outermost(texts: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list
 def shared_heads(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The head of each of `texts`, which ascend or descend: what it has in common with the likest
     other one, or more, so that no tail is longer than some E. E is chosen for the fewest tokens in
-    both passes, padding included; 0, so no tails, unless a second pass saves a quarter of them."""
+    both passes, padding included; 0, so no tails, unless a second pass saves a tenth of them."""
     common = [len(os.path.commonprefix(pair)) for pair in pairwise(texts)]
     shared = [max(1, a, b) for a, b in zip([0, *common], [*common, 0])]
 
@@ -321,10 +321,10 @@ def shared_heads(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     def tokens(most: int) -> float:
         trunks = outermost(heads(most))[0]
         two = len(trunks) * max(map(len, trunks)) + len(texts) * most
-        return two / 0.75 if most else two
+        return two / 0.9 if most else two
 
-    longest = max(map(len, texts)).bit_length()
-    return heads(min((0, *(1 << i for i in range(longest))), key=tokens))
+    longest = max(len(text) - n for text, n in zip(texts, shared))  # tail
+    return heads(min((0, *(1 << i for i in range(longest.bit_length())), longest), key=tokens))
 
 
 def columns_before(x: Tensor, row: Tensor, end: Tensor, width: int) -> Tensor:

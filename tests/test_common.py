@@ -1516,6 +1516,8 @@ def test_an_answer_is_prefilled_once_for_its_boundaries_and_a_prompt_once_for_it
     assert computed(llama(), [prefixes[0], *prompts])[-1] == [(3, 28)]  # a row has no second pass
     chats = [(1, 2, 3, 4, 5, 6, 7, 8, 9, p) for p in range(9)]  # a template before each question
     assert computed(llama(), chats)[-1] == [(1, 9), (9, 1)]
+    below = [(1, 2, 3, 4, p, *[9] * 8) for p in range(5, 9)]  # and an instruction behind it
+    assert computed(llama(), below)[-1] == [(1, 4), (4, 9)]
     apart = [(p, *[9] * 9) for p in range(9)]
     assert computed(llama(), apart)[-1] == [(9, 10)]
 
@@ -1539,11 +1541,10 @@ def test_heads_cost_the_fewest_tokens_of_both_passes():
         def cost(heads) -> float:
             trunks, _ = common.outermost(heads)
             tails = [len(text) - len(head) for text, head in zip(texts, heads)]
-            padded = 1 << (max(tails) - 1).bit_length() if max(tails) else 0
-            first = len(trunks) * max(map(len, trunks))
-            return (first + len(texts) * padded) / (0.75 if padded else 1)
+            tokens = len(trunks) * max(map(len, trunks)) + len(texts) * max(tails)
+            return tokens / (0.9 if max(tails) else 1)
 
-        others = [0, 1, 2, 4, 8, 16]
+        others = [0, 1, 2, 4, 8, 16, 32]  # no text is longer than 21
         shared = [
             max(len(os.path.commonprefix([a, b])) for b in texts if b != a) if texts[1:] else 0
             for a in texts
