@@ -84,12 +84,12 @@ def check(mine, right, cases: list[tuple]) -> None:
 TINY = f"--tiny --device cpu --terms {TERMS} --max_new_tokens {LONGEST} --show_every 0 "
 TINY += "--save_every 1000 --eval_problems 300 --eval_samples 1"
 COMMANDS = {  # the small runs of notebooks 2 to 5
-    "GRPO": "spo.py --partition trajectory --mask False --prompts 32 --steps 72 --eval_every 24",
-    "SPO-chain": "spo.py --prompts 32 --steps 72 --eval_every 24",
-    "SPO-tree": "spo.py --variant tree --prompts 16 --batch_size 0 --steps 72 --eval_every 24",
+    "GRPO": "spo.py --partition trajectory --mask False --prompts 32 --steps 42 --eval_every 14",
+    "SPO-chain": "spo.py --prompts 32 --steps 42 --eval_every 14",
+    "SPO-tree": "spo.py --variant tree --prompts 16 --batch_size 0 --steps 42 --eval_every 14",
     "MPO": "mpo.py --prompts 16 --batch_size 32 --steps 20 --eval_every 10",
-    "RRPO": "reset_po.py --method rrpo --prompts 16 --lr 5e-4 --steps 30 --eval_every 10",
-    "SRPO": "reset_po.py --prompts 16 --lr 5e-4 --steps 30 --eval_every 10",
+    "RRPO": "reset_po.py --method rrpo --prompts 16 --lr 5e-4 --steps 21 --eval_every 7",
+    "SRPO": "reset_po.py --prompts 16 --lr 5e-4 --steps 21 --eval_every 7",
 }
 
 
