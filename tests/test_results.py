@@ -110,6 +110,7 @@ def test_a_table_says_what_its_runs_came_to(table):
     text = "\n".join(lines)
     assert "* **b, c** is ahead of a (the mask): +0.105 [+0.101, +0.109], higher in 10 of" in text
     assert results.higher([0.1, 0.0, -0.1, 0.2]) == "higher in 2 of 4 seeds"
+    assert "higher in 10 of 10 seeds. Half-way it is ahead of a, +0." in text
     assert "| b, c | 0.700, 0.700 | 0.700, 0.700 | 0.610, 0.810 |" in text
     shown = [line.strip() for line in lines if line.startswith("    ")]
     assert shown == [
@@ -122,6 +123,13 @@ def test_a_table_says_what_its_runs_came_to(table):
     assert short[3].startswith("| b, c | `spo`, 60 | 2 x 2 | 2.47 M | 0.495 ± ")
     assert short[3].endswith("| a: +0.105 [+0.101, +0.109] |") and len(short) == 4
     assert results.short_table(["t", "t"], table) == [*short, *short[2:]]
+
+
+def test_half_way_is_said_only_of_runs_that_were_evaluated_on_the_way(table):
+    for told, run in table.items():
+        table[told] = run._replace(curve=[run.curve[0], run.curve[-1]])
+    text = "\n".join(results.long_table("t", table))
+    assert "higher in 10 of 10 seeds.\n" in text and "alf-way" not in text
 
 
 def test_a_column_that_a_row_does_not_have_is_empty(table):
