@@ -215,7 +215,14 @@ TABLES = dict(
         "MPO far off-policy: 16 updates a round, in all as many as above",
         "mpo",
         "--epochs 4 --steps 13",
-        [*mpo_rows(""), *mpo_rows("--scale_eps True")[2:]],  # what makes a clip narrower
+        mpo_rows(""),
+        MPO_COLUMNS,
+    ),
+    mpo_scaled=Table(
+        "MPO far off-policy: a clip as wide as the ratio's spread",
+        "mpo",
+        "--epochs 4 --steps 13",
+        [row._replace(beside={}) for row in mpo_rows("")[2:]] + mpo_rows("--scale_eps True")[2:],
         MPO_COLUMNS,
     ),
 )

@@ -372,14 +372,16 @@ def test_longer_tasks_have_rarer_slips_for_their_warm_start_alone(monkeypatch):
     seen = []
 
     def start_of(terms, steps):
-        seen.append((terms, common.ERROR_RATE))
+        seen.append((terms, common.ERROR_RATE, steps / sizes.long_steps))
         return None, None
 
     monkeypatch.setattr(microscope, "start_of", start_of)
+    sizes = microscope.Sizes()
     for name in microscope.LENGTHS:
-        microscope.desk_of.__wrapped__(name, microscope.TINY)
+        microscope.desk_of.__wrapped__(name, sizes)
     assert seen == list(microscope.LENGTHS.values()) and common.ERROR_RATE == 0.75
-    for name, (terms, _) in microscope.LENGTHS.items():
+    assert len({steps for *_, steps in seen}) > 1
+    for name, (terms, *_) in microscope.LENGTHS.items():
         lines = int(name.split()[0])
         solutions = [common.make_sum(0, "train", i, terms).solution for i in range(300)]
         assert sum(s.count("\n") + 1 for s in solutions) / 300 == pytest.approx(lines, abs=0.15)
@@ -404,6 +406,19 @@ def test_rows_that_are_there_are_not_computed_again(tmp_path, monkeypatch):
     rows = microscope.read(tmp_path, "noise")
     assert [(row["policy"], row["method"]) for row in rows] == wanted
     assert made == [*wanted[:3], *wanted[2:]] and rows[0]["value"] == "1"
+
+
+def test_what_is_measured_against_no_truth_is_not_kept(tmp_path, monkeypatch, capsys):
+    def rows_of(part, policy, name, method, sizes):
+        cosine = math.nan if name == "tree 2-2-2" else 0.5
+        return [dict(policy=policy, method=name, cosine=cosine)]
+
+    monkeypatch.setattr(microscope, "rows_of", rows_of)
+    microscope.fill(tmp_path, "lengths", SIZES)
+    kept = {(row["policy"], row["method"]) for row in microscope.read(tmp_path, "lengths")}
+    wanted = {*microscope.LONG, *microscope.LAST} - {"tree 2-2-2"}
+    assert kept == {(policy, name) for policy in SIZES.lengths for name in wanted}
+    assert capsys.readouterr().out.count("not known well enough") == len(SIZES.lengths)
 
 
 def cosine_row(method, cosine, tokens, policy="start"):
