@@ -928,6 +928,12 @@ def sampling_tokens(free: int | None, parameters: int, token_bytes: int) -> int:
     return 1 << 16 if free is None else max(1, (free - 12 * parameters) // 2 // token_bytes)
 
 
+def room_for_sampling(run: "RunConfig", model, compute: Compute) -> int:
+    """Compute.sampling_tokens for this run: as asked for, or as the model's device has room."""
+    free, kept = free_memory(model.device), token_bytes(model, compute)
+    return run.sampling_tokens or sampling_tokens(free, model.num_parameters(), kept)
+
+
 def training_tokens(device) -> int:
     """What to compute at once: more tokens than this fall out of a CPU's caches."""
     return 1 << 11 if device.type == "cpu" else 1 << 14
@@ -1513,10 +1519,7 @@ def set_up(config_class, script: str, description: str, tiny: dict, large: dict,
     compute = Compute(dtype=dtype, training_tokens=run.training_tokens)
     if not (run.resume or run.eval_only):
         model, tokenizer = warm_started(run, train, model, tokenizer, compute)
-    run.sampling_tokens = run.sampling_tokens or sampling_tokens(
-        free_memory(device), model.num_parameters(), token_bytes(model, compute)
-    )
-    compute.sampling_tokens = run.sampling_tokens
+    compute.sampling_tokens = run.sampling_tokens = room_for_sampling(run, model, compute)
     recompute_layers(model, run)
     held_out = functools.partial(
         evaluate, model, tokenizer, test, samples=run.eval_samples,

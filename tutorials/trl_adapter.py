@@ -8,23 +8,8 @@ block ratio are the scripts' functions; DDP, DeepSpeed's ZeRO and vLLM come with
     python mpo.py --eval_only --model runs/trl-mpo     held-out accuracy of what came out
 
 Each process samples and scores its share of a step's problems with a whole copy of the policy, which
-must fit a card: ZeRO-1 and ZeRO-2 shard gradients and optimiser states; ZeRO-3 and FSDP are not here.
-With `-- --use_vllm True` vLLM draws, on each process for itself. The policy still scores what was
-drawn: cutpoints, mask and old log-probs are its own, and that vLLM's differ is not corrected.
-
-What differs from the scripts:
- 1. No --kl_coef, --replay_age, --scale_eps, --resume, --eval_only, nor --batch_size for trees, whose
-    steps are one update each. --device, --dtype and the flags of evaluation, display and saving do
-    nothing: TRL has --use_cpu, --bf16 and --save_strategy.
- 2. TRL wants as many rows in every step: beside a tree's nodes with credit stand empty ones. They
-    change nothing and cost a row's time, like answers without signal. An update without any signal
-    still moves the weights, by AdamW's momentum.
- 3. Each process parts its own rows into updates, and --epochs repeats them in the same order.
- 4. The scripts bound log-ratios at -10 and 10, TRL does not; and in bf16 its last layer is in bf16
-    too, unless --cast_lm_head_to_fp32 True stands behind --.
-
-Run, on CPUs: one process; two, with torchrun and with accelerate (no --cpu, which would start one);
-ZeRO-2 of DeepSpeed 0.19.8, as DDP. Not run: GPUs, bf16, vLLM.
+must fit a card. What differs from the scripts, also with vLLM, and what was run: README.md here, "When
+one GPU is not enough".
 """
 
 import math
@@ -65,11 +50,8 @@ METHODS = {  # name -> script, what its command line would say, most samples of 
 
 def draw(trainer, problems) -> tuple[list[Sample], float]:
     """The script's samples from these problems, with their credit, and the answers' accuracy."""
-    cfg = trainer.cfg
-    model = trainer.model
-    tokenizer = trainer.processing_class
-    generator = trainer.generator
-    compute = trainer.compute
+    cfg, generator, compute = trainer.cfg, trainer.generator, trainer.compute
+    model, tokenizer = trainer.model, trainer.processing_class
     states = [common.initial_state(tokenizer, p, trainer.instruction) for p in problems]
     if trainer.method in ("rrpo", "srpo"):
         drawn, plans = reset_po.draw_answers(model, tokenizer, states, cfg, generator, compute)
@@ -96,8 +78,7 @@ def draw(trainer, problems) -> tuple[list[Sample], float]:
 def rollouts(prompts: list, trainer) -> dict:
     """TRL's rollout_func: one row for each of `prompts`, which are only counted, from this process's
     share of the problems of the script's step."""
-    cfg = trainer.cfg
-    args = trainer.args
+    cfg, args = trainer.cfg, trainer.args
     step = trainer.state.global_step // (args.max_steps // cfg.steps)
     share = cfg.prompts // args.world_size
     problems = common.batch_at(trainer.problems, step, cfg.prompts, args.seed)
@@ -144,10 +125,7 @@ class Trainer(GRPOTrainer):
         self.problems = common.load_problems(run.data, "train", None, run.seed, run.terms)
         model, tokenizer = common.starting_policy(run, self.problems, args.device, self.compute)
         common.no_dropout(model)
-        self.compute.sampling_tokens = run.sampling_tokens or common.sampling_tokens(
-            common.free_memory(args.device), model.num_parameters(),
-            common.token_bytes(model, self.compute),
-        )  # fmt: skip
+        self.compute.sampling_tokens = common.room_for_sampling(run, model, self.compute)
         self.instruction = common.pick_instruction(run, tokenizer)
         common.check_prompts(self.problems, tokenizer, self.instruction, common.window(model))
         # Process 0 draws what the script draws from the same seed.
@@ -209,7 +187,7 @@ def script_settings(argv: list[str]):
     refused = ["kl_coef", "replay_age", "scale_eps", "resume", "eval_only"]
     for flag in refused + ["batch_size"] * (method == "spo-tree"):
         if settings.get(flag):
-            raise BadInput(f"--{flag}: is not for TRL here (see the header)")
+            raise BadInput(f"--{flag}: is not for TRL here (see tutorials/README.md)")
     return method, cfg, run, argv[end + 1 :]
 
 
