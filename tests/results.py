@@ -6,7 +6,7 @@
 
 How a table comes about. Each row has a command. Its learning rate is the one of RATES with the best
 mean accuracy over RATE_SEEDS, which the table then does not use; the row is run with it for each of
-SEEDS. (`resets_long` is of default commands, whose rate is not chosen.) A seed is a table of wrong
+SEEDS. (`resets_long` and `tree_long` are of default commands, whose rate is not chosen.) A seed is a table of wrong
 facts, a warm start and problems of its own, the same in all rows, so rows are compared seed by seed:
 the mean of the differences, with a 95 % interval (Student's t). Two runs at a time, on a core each;
 seconds are the processor's. Accuracy is on 150 held-out problems, 4 sampled answers each.
@@ -208,6 +208,14 @@ TABLES = dict(
             ),
         ],
         ("no_signal_base", "no_signal_reset"),
+        (5e-4,),
+    ),
+    tree_long=Table(
+        "SPO-tree: the default command",
+        "spo",
+        "",
+        [Row("SPO-tree, 100 rounds", "--variant tree", "64 x 8 leaves")],
+        ("trained",),
         (5e-4,),
     ),
     mpo=Table("MPO: K and the weights", "mpo", SHORT, mpo_rows(""), MPO_COLUMNS),
@@ -415,6 +423,23 @@ def higher(values: list[float]) -> str:
     return f"higher in {sum(value > 0 for value in values)} of {len(values)} seeds"
 
 
+def all_runs(name: str, kept: dict[str, Run]) -> dict[str, Run]:
+    """All that a table took, by command: also the runs that chose its rates."""
+    rows, rates = TABLES[name].rows, TABLES[name].rates
+    runs = [run for row in rows for run in results_of(name, kept)[1][row.name]]
+    if len(rates) > 1:
+        for row in rows:
+            for lr in rates:
+                runs += runs_of(name, row, lr, RATE_SEEDS, kept)
+    return {run.command: run for run in runs}
+
+
+def time_of(runs: dict[str, Run]) -> str:
+    """In words. Two runs at a time on two cores take half of it."""
+    hours = sum(run.seconds for run in runs.values()) / 3600
+    return f"{len(runs)} runs, {hours:.1f} hours of processor time in sampling and training"
+
+
 def results_of(name: str, kept: dict[str, Run]) -> tuple[dict[str, float], dict[str, list[Run]]]:
     """The rate of each row, and its runs with that rate, one a seed. Raises KeyError if one is
     missing."""
@@ -476,6 +501,7 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
             lines.append(said)
     if len(table.rates) > 1:
         lines += rates_table(name, kept)
+    lines += ["", f"All that it took: {time_of(all_runs(name, kept))}."]
     lines += ["", "The commands, of seed 0:", ""]
     for row in table.rows:
         lines.append(f"    {command(table, row, rates[row.name], SEEDS[0])}")
@@ -520,8 +546,12 @@ def front_page(readme: str, kept: dict[str, Run]) -> str:
 
 
 def tables_page(kept: dict[str, Run]) -> str:
-    lines = ["# Tables", "", f"Made by `python tests/results.py`, which says how. {LEGEND}", ""]
-    for name in complete_tables(kept):
+    names, runs = complete_tables(kept), {}
+    for name in names:
+        runs |= all_runs(name, kept)
+    lines = ["# Tables", "", f"Made by `python tests/results.py`, which says how. {LEGEND}"]
+    lines += [f"All tables together: {time_of(runs)}, two runs at a time.", ""]
+    for name in names:
         lines += [*long_table(name, kept), ""]
     return "\n".join(lines)
 

@@ -157,6 +157,21 @@ def test_a_table_of_one_rate_needs_no_runs_that_choose(table, monkeypatch):
     assert {lr for _, _, lr, _ in made[0][1]} == {5e-4}
 
 
+def test_the_time_is_of_all_runs_each_counted_once(table, monkeypatch):
+    """2 rows: 3 rates x 2 seeds, and ten seeds. A second table shares the first row's runs, and
+    has no rates to choose."""
+    first = results.TABLES["t"]
+    alone = first._replace(title="Alone", rows=first.rows[:1], rates=(2.5e-4,))
+    monkeypatch.setattr(results, "TABLES", {"t": first, "u": alone})
+    kept = {told: run._replace(seconds=900.0) for told, run in table.items()}
+    page = results.tables_page(kept)
+    said = "runs, {} hours of processor time in sampling and training"
+    assert f"All tables together: 32 {said.format('8.0')}, two runs at a time." in page
+    first, second = page.split("## Alone")
+    assert f"All that it took: 32 {said.format('8.0')}." in first
+    assert f"All that it took: 10 {said.format('2.5')}." in second
+
+
 def half_of(row, table) -> float:
     return results.interval([run.after for run in results.results_of("t", table)[1][row]])[1]
 
