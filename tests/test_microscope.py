@@ -431,6 +431,7 @@ def cosine_row(method, cosine, tokens, policy="start"):
 def test_sentences_follow_from_the_rows():
     rows = [cosine_row("GRPO 8x8", 0.4, 10000), cosine_row("good", 0.4, 5000)]
     rows += [cosine_row("alike", 0.41, 10000), cosine_row("dear", 0.5, 40000)]
+    rows[2] |= dict(bias_low="nan", bias_high="nan")  # a truth that is known too badly
     assert microscope.per_token(rows[1]) == pytest.approx(2 * 0.16 / 0.84)
     stands = microscope.standing(rows, rows[0])
     assert stands == dict(better=["good"], level=["alike"], worse=["dear"])
@@ -439,6 +440,7 @@ def test_sentences_follow_from_the_rows():
     assert "Best use of a trained sample: dear." in text
     assert "better than GRPO 8x8: good. Level: alike. Worse: dear." in text
     assert "| good | 8 | 5,000 | 64 | 0.40 ± 0.02 | 0.90 ± 0.10 | 0.381 |" in text
+    assert "| alike | 8 | 10,000 | 64 | 0.41 ± 0.02 | - | " in text
 
 
 CURVES = """table,row,seed,rounds,tokens,seconds,held_out

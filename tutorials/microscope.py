@@ -655,10 +655,11 @@ def table(head: list[str], lines: list[list]) -> str:
 
 
 def pm(row: dict, key: str) -> str:
-    """A mean, with half of its interval."""
-    if row.get(key, "") in ("", "nan"):
+    """A mean, with half of its interval; - where one of them is not known."""
+    ends = [row.get(f"{key}{end}", "") for end in ("", "_low", "_high")]
+    if "" in ends or "nan" in ends:
         return "-"
-    mean, low, high = (float(row[f"{key}{end}"]) for end in ("", "_low", "_high"))
+    mean, low, high = map(float, ends)
     return f"{mean:.2f} ± {(high - low) / 2:.2f}"
 
 
