@@ -6,7 +6,7 @@
 
 How a table comes about. Each row has a command. Its learning rate is the one of RATES with the best
 mean accuracy over RATE_SEEDS, which the table then does not use; the row is run with it for each of
-SEEDS. (`resets_long` and `tree_long` are of default commands, whose rate is not chosen.) A seed is a table of wrong
+SEEDS. (`resets_long` is of default commands, whose rate is not chosen.) A seed is a table of wrong
 facts, a warm start and problems of its own, the same in all rows, so rows are compared seed by seed:
 the mean of the differences, with a 95 % interval (Student's t). Two runs at a time, on a core each;
 seconds are the processor's. Accuracy is on 150 held-out problems, 4 sampled answers each.
@@ -44,7 +44,7 @@ RATE_SEEDS, SEEDS = (100, 101), tuple(range(10))
 ALL = "--eval_problems 150 --eval_every 25 --show_every 0"
 SHORT = "--steps 50"  # for who learns faster; longer runs meet near 1
 BEGIN, END = "<!-- results: made by tests/results.py -->", "<!-- end of results -->"
-FRONT = ("spo", "tree", "resets", "mpo")  # the tables whose rows the front page shows
+FRONT = ("spo", "tree_long", "resets", "mpo")  # the tables whose rows the front page shows
 MEANS = ("before", "after", "in_form", "tokens", "seconds")
 LEGEND = (
     "After: mean over ten seeds ± half a 95 % interval. Effect: of the paired differences, with "
@@ -161,6 +161,21 @@ TABLES = dict(
         ],
         ("trained",),
     ),
+    tree_long=Table(
+        "SPO-tree's default command beside GRPO of as many answers",
+        "spo",
+        "",
+        [
+            Row("GRPO + mask, 64 x 8", f"{GRPO} --group_size 8 --batch_size 256", "64 x 8"),
+            Row(
+                "SPO-tree, 100 rounds",
+                "--variant tree",
+                "64 x 8 leaves",
+                {"GRPO + mask, 64 x 8": "a tree for a group"},
+            ),
+        ],
+        ("trained",),
+    ),
     resets=Table(
         "Resets beside GRPO of as many answers",
         "reset_po",
@@ -208,14 +223,6 @@ TABLES = dict(
             ),
         ],
         ("no_signal_base", "no_signal_reset"),
-        (5e-4,),
-    ),
-    tree_long=Table(
-        "SPO-tree: the default command",
-        "spo",
-        "",
-        [Row("SPO-tree, 100 rounds", "--variant tree", "64 x 8 leaves")],
-        ("trained",),
         (5e-4,),
     ),
     mpo=Table("MPO: K and the weights", "mpo", SHORT, mpo_rows(""), MPO_COLUMNS),
@@ -406,6 +413,24 @@ def half_way(mine: list[Run], theirs: list[Run]) -> list[float]:
     return [middle(run) - middle(other) for run, other in pairs(mine, theirs)]
 
 
+def mean_tokens(runs: list[Run]) -> float:
+    return statistics.mean(run.tokens for run in runs)
+
+
+def for_tokens(mine: list[Run], theirs: list[Run]) -> list[float]:
+    """The differences where both have sampled as many tokens as the one that took fewer, on
+    straight lines between evaluations. Of the other the rate has then not yet fallen to 0."""
+
+    def at(run: Run, tokens: float) -> float:
+        return between([(done, held_out) for _, done, _, held_out in run.curve], tokens)
+
+    found = []
+    for run, other in pairs(mine, theirs):
+        fewer = min(run.tokens, other.tokens)
+        found.append(at(run, fewer) - at(other, fewer))
+    return found
+
+
 def verdict(values: list[float]) -> str:
     """What the 95 % interval of differences allows to say."""
     mean, half = interval(values)
@@ -458,7 +483,7 @@ def short_table(names: list[str], kept: dict[str, Run]) -> list[str]:
         table, (_, results) = TABLES[name], results_of(name, kept)
         for row in table.rows:
             runs = results[row.name]
-            rounds, tokens = runs[0].curve[-1][0], statistics.mean(run.tokens for run in runs)
+            rounds, tokens = runs[0].curve[-1][0], mean_tokens(runs)
             mean, half = interval([run.after for run in runs])
             effects = [
                 f"{other}: {signed(differences(runs, results[other]))}" for other in row.beside
@@ -498,6 +523,10 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
             if len(results[row.name][0].curve) > 2:  # evaluated between start and end
                 early = half_way(results[row.name], results[other])
                 said += f" Half-way it {verdict(early)} {other}, {signed(early)}."
+                ours, others = (mean_tokens(results[name]) for name in (row.name, other))
+                if abs(ours - others) > 0.05 * others:
+                    alike = for_tokens(results[row.name], results[other])
+                    said += f" For as many tokens it {verdict(alike)} {other}, {signed(alike)}."
             lines.append(said)
     if len(table.rates) > 1:
         lines += rates_table(name, kept)

@@ -83,6 +83,22 @@ def test_rows_are_compared_half_way_by_hand():
     assert results.half_way([fast], [slow]) == pytest.approx([0.6 - 0.475])
 
 
+def test_rows_are_compared_at_the_tokens_of_the_cheaper_one_by_hand(table, monkeypatch):
+    """Seed 0: at 1,000, where one ends and the other is half-way from 0.4 to 0.6. Seed 1: at 400."""
+    dear = a_run(tokens=2000, after=0.6)._replace(
+        curve=[[0, 0, 0, 0.2], [5, 500, 1, 0.4], [15, 1500, 2, 0.6], [20, 2000, 3, 0.6]]
+    )
+    cheap = a_run(tokens=1000, after=0.9)._replace(curve=[[0, 0, 0, 0.2], [10, 1000, 2, 0.9]])
+    second = cheap._replace(seed=1, tokens=400, curve=[[0, 0, 0, 0.2], [10, 400, 2, 0.3]])
+    mine, theirs = [cheap, dear._replace(seed=1)], [second, dear]
+    assert results.for_tokens(mine, theirs) == pytest.approx([0.9 - 0.5, 0.36 - 0.3])
+    assert results.mean_tokens(theirs) == 1200
+    text = "\n".join(results.long_table("t", table))  # whose second row takes twice the tokens
+    assert "For as many tokens it is ahead of a, +0.105 [+0.101, +0.109]." in text
+    monkeypatch.setattr(results, "mean_tokens", lambda runs: 1e6 + ("--mask" in runs[0].command))
+    assert "as many tokens" not in "\n".join(results.long_table("t", table))
+
+
 def test_only_an_interval_without_0_makes_a_claim():
     assert results.verdict([0.1, 0.11] * 5) == "is ahead of"
     assert results.verdict([-0.1, -0.11] * 5) == "is behind"
