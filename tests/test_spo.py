@@ -525,6 +525,17 @@ def test_a_tree_grows_by_segments_and_its_last_level_runs_to_the_end(
     assert cut or (len(branching) - 1) * segment < HORIZON
 
 
+def test_a_node_without_room_in_the_models_window_is_a_leaf(model, monkeypatch):
+    """A prompt of 13 tokens leaves 3 of the 16, so less than the longest answer."""
+    fake_rewards(monkeypatch)
+    cfg = tree_config(branching=[2, 2, 2], segment_tokens=2)
+    states, generator = [([1, 0] * 6 + [1], [], "")] * 30, torch.Generator().manual_seed(0)
+    tree = spo.grow_trees(model, None, states, cfg, generator)
+    assert all(node.ids for node in tree.nodes[30:])
+    ends = {len(node.prompt) + len(node.ids) for node in tree.nodes if not node.finished}
+    assert ends == {13, 15, 16}
+
+
 def test_siblings_are_drawn_independently_at_the_temperature(model, monkeypatch):
     fake_rewards(monkeypatch)
     cfg = tree_config(branching=[2, 2], segment_tokens=1, temperature=0.6)
@@ -950,6 +961,21 @@ def test_the_display_picks_a_failure_with_credit_and_counts_cutpoints_of_all_ans
     assert "0% begin a step" in alone and "wrong" not in alone.split("cutpoints of this round")[1]
 
 
+def test_every_step_of_a_long_answer_counts_where_cutpoints_are_placed(tokenizer):
+    ids = common.encode(tokenizer, "1\n" * 30)
+    words = "50% begin a step (of all tokens 50%)"
+    assert spo.places_of([(ids, [58, 59])], None, tokenizer) == words
+
+
+def test_the_headline_names_the_settings_of_the_run():
+    cfg = spo.Config(steps=3, prompts=8, group_size=5, batch_size=0, partition="fixed", mask=False)
+    words = "3 rounds of 8 problems x 5 answers, partition fixed, mask off"
+    assert spo.headline(cfg, []) == f"SPO-chain: {words}"
+    cfg = tree_config(steps=3, prompts=8, segment_tokens=7, branching=[2, 3])
+    words = "3 rounds of 8 problems, segments of 7 tokens, branching 2-3, mask on"
+    assert spo.headline(cfg, []) == f"SPO-tree: {words}"
+
+
 def test_the_tree_is_shown_a_node_a_line_and_cut_to_a_width(tokenizer, monkeypatch):
     monkeypatch.setenv("COLUMNS", "9")  # of the terminal, which has no say in it
     problem = common.Problem("12+6-8", "12+6=18\n18-8=10\n#### 10", "10", True)
@@ -977,6 +1003,10 @@ def test_the_tree_is_shown_a_node_a_line_and_cut_to_a_width(tokenizer, monkeypat
         "    V 0.00 A -0.25 ! 12+6=19 / ",  # all wrong below: not shown
         "  ! the first wrong token is in this node",
     ]
+    given[-1].scale_advantages = True  # the siblings' V are 1/2 and 0: a std of 1/4
+    scaled = spo.show_tree(*given, colour=False, width=48).split("\n")
+    assert scaled[1].startswith("    V 0.50 A +1.00 ")
+    given[-1].scale_advantages = False
     nodes[6].reward = 1.0  # right in spite of its text, whose first wrong token is further up
     lines = spo.show_tree(*given, colour=False, width=48).split("\n")
     assert lines[4:] == [
