@@ -552,8 +552,8 @@ def test_the_variance_of_far_ratios_is_that_of_the_ratios_in_the_loss(model):
 
 def test_only_from_the_second_update_on_do_ratios_leave_one(model):
     samples = random_samples(model)
-    common.score(model, samples, 1.0)
     for epochs, moved in ((1, False), (2, True)):
+        common.score(model, samples, 1.0)
         optimizer, schedule = constant_rate(model, 0.1)
         cfg = mpo.Config(prompts=5, group_size=2, batch_size=10, epochs=epochs)
         last = {}
@@ -676,6 +676,13 @@ def test_weights_from_the_command_line_become_numbers():
     assert mpo.Config(weights="0.2").weights == 0.2
     assert mpo.Config(weights="joint").weights == "joint"
     assert mpo.Config(block_size=10**12).block_size == 10**12  # longer than memory, and no harm
+
+
+def test_the_headline_names_the_settings_of_the_run():
+    cfg = mpo.Config(steps=3, prompts=8, group_size=4, batch_size=32, layout="block", block_size=2)
+    first, second = mpo.headline(cfg, []).split("\n")
+    assert first == "MPO: 3 rounds of 8 problems x 4 answers, K = 2, layout block, weights 0.2"
+    assert second.startswith("updates per round: 1; all ratios are 1")
 
 
 def test_a_config_that_cannot_work_is_refused():
