@@ -496,12 +496,13 @@ def test_a_question_that_leaves_no_room_to_localise_goes_back_to_the_first_step(
 
 def test_nothing_the_policy_is_shown_in_a_step_holds_the_reference_answer(monkeypatch):
     """All prefixes that reach the sampler, by any localiser: prompts, kept steps, critiques."""
-    tokenizer, seen = common.build_tokenizer(), []
+    tokenizer, seen, compute = common.build_tokenizer(), [], common.Compute()
     torch.manual_seed(0)
     model = common.build_policy(len(tokenizer))
     true_sample = common.sample
 
     def spy(model, prefixes, *args, **options):
+        assert options["compute"] is compute  # the run's precision
         seen.extend(tokenizer.decode(prefix) for prefix in prefixes)
         return true_sample(model, prefixes, *args, **options)
 
@@ -511,12 +512,14 @@ def test_nothing_the_policy_is_shown_in_a_step_holds_the_reference_answer(monkey
         cfg = config((2, 2, 1), localiser=localiser, max_new_tokens=12, localiser_tokens=12)
         generator = torch.Generator().manual_seed(0)
         drawn, plans = reset_po.draw_answers(
-            model, tokenizer, [common.initial_state(tokenizer, problem)] * 3, cfg, generator
-        )
+            model, tokenizer, [common.initial_state(tokenizer, problem)] * 3, cfg, generator,
+            compute,
+        )  # fmt: skip
         assert all(plan.seeds for plan in plans)
         before = len(seen)
-        policy = (model, tokenizer)
-        credit = reset_po.assign_credit(*policy, [problem] * 3, drawn, plans, cfg, generator)
+        credit = reset_po.assign_credit(
+            model, tokenizer, [problem] * 3, drawn, plans, cfg, generator, compute
+        )
         assert len(seen) == before + (6 if localiser == "prompt" else 3)
         critique = [text for text in seen[before:] if "Step 1:" in text]
         assert len(critique) == (3 if localiser == "prompt" else 0)
@@ -1019,6 +1022,19 @@ def test_methods_are_settings_of_the_split_and_the_localiser():
     assert reset_po.Config(fresh=0, resets=4, seeds=2).rollouts == 8
     assert reset_po.Config(prompts=3, fresh=3).batch_size == 3 * (3 + 4)  # one update a step
     assert reset_po.Config(batch_size=64).batch_size == 64
+
+
+def test_the_headline_names_the_settings_of_the_run():
+    problems = [Problem("", "", "")]
+    for options, words in (
+        (dict(seeds=2, resets=3), "SRPO: 9 rounds of 5 problems, each with 4 answers and 2 x 3"),
+        (dict(method="rrpo"), "RRPO: 9 rounds of 5 problems, each with 4 answers and 1 x 4"),
+        (dict(method="grpo"), "GRPO: 9 rounds of 5 problems, each with 8 answers"),
+        (dict(seeds=0), "GRPO: 9 rounds of 5 problems, each with 4 answers"),
+    ):
+        more = " continuations of a failed one" if " x " in words else ""
+        cfg = reset_po.Config(steps=9, prompts=5, **options)
+        assert reset_po.headline(cfg, problems) == words + more
 
 
 def test_a_config_that_cannot_work_is_refused():
