@@ -543,7 +543,10 @@ def test_first_wrong_token_by_hand(text, end, token):
 
 def gsm8k_rows(count):
     return [
-        {"question": f"Tom has {i} “apples”…\nand?", "answer": f"He has {i}.\n#### {1000 + i:,}"}
+        {
+            "question": f"Tom has {i}\u2028“apples”…\nand?",
+            "answer": f"He has {i}.\n#### {1000 + i:,}",
+        }
         for i in range(count)
     ]
 
@@ -551,8 +554,9 @@ def gsm8k_rows(count):
 def write_rows(path, rows):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:  # blank lines here and there
-        path.write_text("\n" + "\n\n".join(json.dumps(row) for row in rows) + "\n \n")
+    else:  # blank lines here and there; and a character that ends a line for str.splitlines alone
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("\n" + "\n\n".join(lines) + "\n \n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -1215,6 +1219,15 @@ def test_sampling_is_sized_by_the_memory_that_is_free():
     assert common.free_memory(torch.device("cpu")) is None
 
 
+def test_a_run_samples_as_its_keys_and_values_fit_or_as_is_said(monkeypatch):
+    model, low = llama(), Compute(dtype=torch.bfloat16)
+    monkeypatch.setattr(common, "free_memory", lambda device: 10**9)
+    for compute, bytes in ((low, 2), (Compute(), 4)):  # layers, keys and values, width, bytes
+        fits = (10**9 - 12 * model.num_parameters()) // 2 // (2 * 2 * 16 // 2 * bytes)
+        assert common.room_for_sampling(common.RunConfig(), model, compute) == fits
+    assert common.room_for_sampling(common.RunConfig(sampling_tokens=9), model, low) == 9
+
+
 def test_free_memory_counts_what_the_allocator_holds_without_using_it(monkeypatch):
     for name, value in dict(memory_reserved=70, memory_allocated=50, mem_get_info=(30, 99)).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -1786,6 +1799,11 @@ def test_credit_lines_by_hand():
         "  3+4|=|8       +0.25 -1.00  <- wrong",
         "  |#### 8<end>  +0.50",
     ]
+
+
+def test_a_title_is_one_line_of_bounded_length():
+    title = common.problem_title(Problem("a\n" * 60, "", "7\033"))
+    assert title == "a " * 40 + "   answer 7\ufffd"
 
 
 def test_colour_adds_nothing_but_colour():
