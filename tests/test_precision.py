@@ -15,10 +15,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
 import gpu
+import mpo
+import reset_po
+import spo
 from common import Compute, Sample
 from conftest import ENV, ROOT
 from test_common import random_samples
 from test_models import byte_level_bpe, word_problems
+from tiny_policy import constant_rate, make_policy, off_policy_samples
 
 # ------------------------------------------------------------------------------- the loss scaler
 
@@ -28,6 +32,7 @@ def fp16_trainer(enabled=True):
     model = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    model.idle = torch.nn.Parameter(torch.ones(1))  # a weight that the loss does not depend on
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
     return model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=enabled)
@@ -78,11 +83,40 @@ def test_in_other_dtypes_the_scaler_is_idle():
     assert norm == pytest.approx(2**0.5)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_auto_is_a_gpu_in_what_it_has_and_what_is_said_counts(monkeypatch, bf16):
+    def picked(**options):
+        return common.pick_device(common.RunConfig(**options))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert picked() == ("cuda", "bf16" if bf16 else "fp16")
+    assert picked(dtype="fp32") == ("cuda", "fp32")
+    assert picked(device="cpu", dtype="fp16") == ("cpu", "fp16")
+    assert picked(device="cpu") == ("cpu", "fp32")
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_step_without_any_signal_moves_nothing(enabled):
     model, optimizer, schedule, scaler = fp16_trainer(enabled)
     assert common.optimizer_step(model, optimizer, schedule, 0.0, 1.0, scaler) == 0.0
     assert model.weight[0].tolist() == [1.0, 2.0] and schedule.get_last_lr() == [0.5]
+
+
+@pytest.mark.parametrize("script", [spo, mpo, reset_po])
+def test_every_script_scales_its_loss_and_steps_with_the_true_gradient(script):
+    policy, steps = make_policy(), []
+    samples = off_policy_samples(lambda rng, a: [rng.choice((-1.0, 1.0))] * len(a), policy)
+    cfg = script.Config(prompts=5, batch_size=5 * (8 if script is reset_po else 2))
+    for scaler in (common.IDLE, torch.amp.GradScaler("cpu")):
+        model = copy.deepcopy(policy)
+        optimizer, schedule = constant_rate(model, 0.1)
+        metrics = script.update(model, optimizer, schedule, samples, cfg, "seed", scaler=scaler)
+        moved = [p - q for p, q in zip(model.parameters(), policy.parameters())]
+        steps.append([torch.tensor(metrics["grad_norm"]), *moved])
+    assert steps[0][0] > 0.1
+    for plain, scaled in zip(*steps):
+        torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- memory
