@@ -1,6 +1,7 @@
 """The microscope against loops, synthetic vectors with a known truth, and the enumerated policy."""
 
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -167,14 +168,22 @@ ALL = microscope.FIRST | microscope.TRAINED | microscope.SECOND
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if "oracle" not in name])
-def test_a_gradient_is_that_of_the_scripts_update(desk, name):
+def test_a_gradient_is_that_of_the_scripts_update(desk, monkeypatch, name):
+    """And its tokens are all that were sampled for it."""
+    sampled = []
+
+    def sample(*args, right=common.sample, **options):
+        sampled.extend(found := right(*args, **options))
+        return found
+
+    monkeypatch.setattr(common, "sample", sample)
     cfg = microscope.config_of(ALL[name], desk)
     cfg.segment_tokens = 1  # a tree's nodes on the enumerated policy
     drawn = microscope.draw(desk, desk.problems[: cfg.prompts], cfg, 0)
     g, z = microscope.gradient(desk.model, drawn.samples, cfg)
     right = -update_gradient(desk, drawn.samples, cfg)
     assert right.norm() > 0 and (g - right).norm() < 1e-4 * right.norm()
-    assert drawn.tokens > 0 and z > 0
+    assert drawn.tokens == sum(len(r.ids) for r in sampled) > 0 and z > 0
 
 
 def test_methods_that_draw_alike_share_answers_but_not_values(desk):
@@ -192,6 +201,22 @@ def test_methods_that_draw_alike_share_answers_but_not_values(desk):
     assert [s.advantages for s in one] != [s.advantages for s in four]
     assert len(drawn("GRPO 8x8", 0)) == 64 and len(drawn("chain 64x2, N = 2", 0)) == 128
     assert len(desk.kept) == 4
+
+
+def test_batches_share_no_draws(desk, monkeypatch):
+    """Neither answers with answers, nor values with values or answers: all have their own seed."""
+    seeds = []
+    for name in ("answers_to", "chain_credit"):
+
+        def seen(*args, right=getattr(microscope, name)):
+            seeds.append(args[-1].initial_seed())
+            return right(*args)
+
+        monkeypatch.setattr(microscope, name, seen)
+    cfg = microscope.config_of(ALL["chain 8x8, N = 4"], desk)
+    for batch in range(2):
+        microscope.draw(desk, desk.problems[:8], cfg, batch)
+    assert len({*seeds}) == len(seeds) == 4
 
 
 def test_methods_are_what_their_names_say(desk):
@@ -232,8 +257,14 @@ def test_the_truth_is_the_gradient_of_the_mean_reward(desk):
 def test_the_truth_is_kept_for_these_weights_alone(desk, monkeypatch):
     first = microscope.truth_of(desk, SIZES)
     assert not torch.equal(*first["halves"])
+    assert first["accuracy"] == pytest.approx(exact_values(desk.model)[()], abs=0.06)
     again = microscope.truth_of(desk, SIZES)
     assert torch.equal(again["halves"], first["halves"])
+    for other in (
+        (desk, SIZES._replace(truth=4)),
+        (desk._replace(problems=desk.problems[:9]), SIZES),
+    ):
+        assert not torch.equal(microscope.truth_of(*other)["halves"], first["halves"])
     with torch.no_grad():
         next(desk.model.parameters()).mul_(1.1)
     assert not torch.equal(microscope.truth_of(desk, SIZES)["halves"], first["halves"])
@@ -255,13 +286,27 @@ def test_grpo_has_no_bias_and_the_mask_has(desk):
     assert abs(found["GRPO 32x8"] - 1) < 0.05 < 1 - found["GRPO + mask 32x8"]
 
 
-def test_a_row_of_cosines(desk):
-    row = microscope.measure(desk, "GRPO 8x8", ALL["GRPO 8x8"], SIZES)
+def test_a_row_of_cosines(desk, monkeypatch):
+    asked = []
+
+    def draw(desk, problems, *rest, right=microscope.draw):
+        asked.append([problem.question for problem in problems])
+        return right(desk, problems, *rest)
+
+    with monkeypatch.context() as spy:
+        spy.setattr(microscope, "draw", draw)
+        row = microscope.measure(desk, "GRPO 8x8", ALL["GRPO 8x8"], SIZES)
+        microscope.measure(desk, "", ALL["chain 8x8, N = 4"], SIZES)  # of the same problems
+        smaller = microscope.measure(desk, "", ALL["GRPO 8x8"], SIZES._replace(shrink=4))
+    assert asked[:3] == asked[3:6] and len({*map(str, asked[:3])}) == 3
+    assert smaller["problems"] == len(asked[6]) == 2
     cfg, truth = microscope.config_of(ALL["GRPO 8x8"], desk), microscope.truth_of(desk, SIZES)
-    found, tokens = [], 0
+    found, tokens, gradients, zs = [], 0, [], []
     for b in range(3):
         drawn = microscope.draw(desk, desk.problems[:8], cfg, b)  # all problems are alike
-        g, _ = microscope.gradient(desk.model, drawn.samples, cfg)
+        g, z = microscope.gradient(desk.model, drawn.samples, cfg)
+        gradients.append(g)
+        zs.append(float(z))
         t1, t2 = truth["halves"]
         found.append(((g @ (t1 + t2)) / 2 / g.norm() / (t1 @ t2) ** 0.5).item())
         tokens += drawn.tokens
@@ -269,6 +314,10 @@ def test_a_row_of_cosines(desk):
     assert row["cosine"] == pytest.approx(mean, abs=1e-3)
     assert row["cosine_high"] - row["cosine"] == pytest.approx(1.96 * error, abs=2e-3)
     assert row["tokens"] == round(tokens / 3) and row["trained"] == 64 and row["problems"] == 8
+    bias = microscope.bias_cosine(torch.stack(gradients), torch.tensor(zs), truth["halves"])
+    assert row["bias"] == pytest.approx(bias[0], abs=1e-4)
+    assert row["bias_high"] - row["bias"] == pytest.approx(1.96 * bias[1], abs=1e-3)
+    assert row["accuracy"] == pytest.approx(truth["accuracy"], abs=1e-4)
     if mean < 1:
         snr = mean**2 / (1 - mean**2)
         assert row["snr_per_10k"] == pytest.approx(snr / tokens * 3e4, rel=0.02)
@@ -282,8 +331,23 @@ def test_nested_draws_share_what_they_should(desk):
     assert chain.shape[:3] == (3, 2, 2) and grpo.shape[:3] == (3, 2, 1)
     assert chain.shape[3] == desk.model.num_parameters()
     assert not torch.equal(chain[:, :, 0], chain[:, :, 1])
+    assert not torch.equal(grpo[:, 0], grpo[:, 1])  # another set of answers
+    # A problem's part is not a mean over its own tokens: all together are the batch's gradient.
+    problems = random.Random("nested").sample(desk.problems, 3)
+    cfg, generator = microscope.config_of(ALL["GRPO 8x8"], desk), rng()
+    rollouts = microscope.answers_to(desk, problems, 8, generator)
+    credit = microscope.chain_credit(desk, problems, rollouts, cfg, generator)
+    g, z = microscope.gradient(desk.model, credit.samples, cfg)
+    torch.testing.assert_close(grpo[:, 0, 0].sum(0), g * z / 8, rtol=1e-4, atol=1e-5)
     parts = microscope.components(chain)
     assert parts[3] > 0
+    row = microscope.noise_row(desk, "", ALL["chain 8x8, N = 4"], SIZES)
+    left_out = [microscope.components(chain[rows])[1:] for rows in ([1, 2], [0, 2], [0, 1])]
+    names = ("between_problems", "between_answers", "between_continuations")
+    for i, name in enumerate(names):
+        assert row[name] == pytest.approx((parts[1:] / parts[1:].sum())[i].item(), abs=1e-3)
+        error = microscope.jackknife([(x / x.sum())[i].item() for x in left_out])
+        assert row[f"{name}_high"] - row[name] == pytest.approx(1.96 * error, rel=0.01)
     row = microscope.noise_row(desk, "GRPO 8x8", ALL["GRPO 8x8"], SIZES)
     assert row["between_continuations"] == 0
     assert row["between_problems"] + row["between_answers"] == pytest.approx(1, abs=1e-3)
@@ -354,6 +418,26 @@ def test_near_exact_advantages_are_the_enumerated_ones(desk, monkeypatch):
     assert {round(s.estimate, 4) for s in every} <= {-1.0, 0.0, 1.0}
 
 
+def test_the_states_of_signs_have_the_answers_of_their_own_problems(desk, monkeypatch):
+    problems = [common.Problem(str(i), "", str(i)) for i in range(64)]
+    asked, cut = [], []
+
+    def estimate_values(model, tokenizer, states, *rest, right=spo.estimate_values):
+        asked.append([answer for *_, answer in states])
+        return right(model, tokenizer, states, *rest)
+
+    def segments_of(answers, *rest, right=microscope.segments_of):
+        cut[:] = answers
+        return right(answers, *rest)
+
+    monkeypatch.setattr(spo, "estimate_values", estimate_values)
+    monkeypatch.setattr(microscope, "segments_of", segments_of)
+    microscope.sign_rows(desk._replace(problems=problems), SIZES._replace(signs=6, exact=3))
+    drawn = random.Random("signs").sample(problems, 6)
+    wanted = [drawn[a.owner].answer for a in cut for _ in a.starts]
+    assert asked[1:] == [wanted] * (1 + len(microscope.NS)) and len({*wanted}) == 6
+
+
 # -------------------------------------------------------------------- policies, tables and pictures
 
 
@@ -363,9 +447,29 @@ def test_half_way_is_the_first_round_that_has_come_so_far(monkeypatch):
     assert microscope.half_way([0.2, 0.4]) == 2
     made = []
     monkeypatch.setattr(curves, "make", lambda name, _, command, flags: made.append(flags))
-    microscope.trained(12, microscope.Sizes())
+    microscope.trained(12, microscope.Sizes(terms=5, warm_start_steps=70))
     [flags] = made
-    assert flags[flags.index("--steps") + 1] == "12" and "80" in flags
+    given = dict(zip(flags[::2], flags[1::2]))
+    assert (given["--steps"], given["--terms"], given["--warm_start_steps"]) == ("12", "5", "70")
+    assert given["--max_new_tokens"] == "60"
+
+
+def test_a_policy_is_that_of_its_name(monkeypatch):
+    """The default warm start or a long one's; the end of a run, or of one that is half-way."""
+    accuracy = [0.1] * 12 + [0.9] * 18
+    monkeypatch.setattr(microscope, "start_of", lambda terms, steps: (steps, None))
+    monkeypatch.setattr(curves, "make", lambda name, *_: Path(name))
+    monkeypatch.setattr(curves, "columns", lambda _: dict(accuracy=accuracy, held_out=[0.5]))
+    monkeypatch.setattr(common, "load_policy", lambda folder, device: (str(folder), None))
+    sizes = microscope.Sizes(problems=5, long_problems=3, warm_start_steps=11, long_steps=13)
+    desks = {n: microscope.desk_of.__wrapped__(n, sizes) for n in (*sizes.policies, "4 lines")}
+    assert [desk.model for desk in desks.values()] == [
+        11, f"microscope-7-{microscope.half_way(accuracy)}/checkpoint",
+        "microscope-7-100/checkpoint", 13,
+    ]  # fmt: skip
+    assert [len(desk.problems) for desk in desks.values()] == [5, 5, 5, 3]
+    assert desks["start"].longest == desks["late"].longest == spo.Config().max_new_tokens
+    assert desks["4 lines"].longest == 60
 
 
 def test_longer_tasks_have_rarer_slips_for_their_warm_start_alone(monkeypatch):
@@ -435,6 +539,9 @@ def test_sentences_follow_from_the_rows():
     assert microscope.per_token(rows[1]) == pytest.approx(2 * 0.16 / 0.84)
     stands = microscope.standing(rows, rows[0])
     assert stands == dict(better=["good"], level=["alike"], worse=["dear"])
+    unclear = cosine_row("unclear", 0.01, 10000)  # its interval has 0 in it
+    assert microscope.per_token(unclear, "_low") == 0 < microscope.per_token(unclear)
+    assert microscope.pm(dict(bias="nan"), "bias") == microscope.pm({}, "bias") == "-"
     text = microscope.cosine_text(rows)
     assert "Best use of a token: good (level with it: none)." in text
     assert "Best use of a trained sample: dear." in text
@@ -550,6 +657,26 @@ def test_a_tiny_run_leaves_tables_and_text(warm, monkeypatch, capsys):
     assert (out / "signs.png").exists() != (curves.NO_MATPLOTLIB in shown)
 
 
+@pytest.mark.parametrize(
+    "flags, folder, sizes, parts",
+    [
+        ([], ROOT / "tutorials" / "results", microscope.Sizes(), [*microscope.PARTS]),
+        (["--tiny"], Path("runs", "microscope-tiny"), microscope.TINY, [*microscope.PARTS]),
+        (["--only", "noise", "--out", "a"], Path("a"), microscope.Sizes(), ["noise"]),
+    ],
+)
+def test_a_tiny_run_leaves_the_kept_tables_alone(
+    tmp_path, monkeypatch, flags, folder, sizes, parts
+):
+    filled, written = [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(microscope, "fill", lambda *given: filled.append(given))
+    monkeypatch.setattr(microscope, "write", written.append)
+    monkeypatch.setattr(sys, "argv", ["microscope.py", *flags])
+    microscope.main()
+    assert filled == [(folder, part, sizes) for part in parts] and written == [folder]
+
+
 def test_pictures_are_drawn(tmp_path, monkeypatch, capsys):
     names = ["GRPO 8x8", "chain"]
     rows = [cosine_row(m, 0.3, 5000, p) for p in ("start", "half-way", "late") for m in names]
@@ -562,6 +689,30 @@ def test_pictures_are_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="tutorials/requirements.txt is not installed")
     microscope.dots_picture(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_show_the_rows(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="tutorials/requirements.txt")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)  # to be looked at
+    rows = [cosine_row("GRPO 8x8", 0.3, 5000), cosine_row("chain", 0.4, 8000)]
+    microscope.dots_picture(rows, tmp_path / "a.png")
+    shown = [axis.containers[0].lines[0].get_xdata().tolist() for axis in pyplot.gcf().axes]
+    assert shown == [[0.3, 0.4], [microscope.per_token(row) for row in rows]]
+    names = [label.get_text() for label in pyplot.gcf().axes[0].get_yticklabels()]
+    assert names == ["GRPO 8x8", "chain"]
+    rows = [
+        dict(policy="late", group=group, n=str(n), known="9", size=f"0.{place + 1}")
+        | dict(right=f"0.{i + place}", right_low="0", right_high="1")
+        for i, n in enumerate([*microscope.NS, "whole answer"])
+        for place, group in enumerate(group for group in microscope.GROUPS if "third" in group)
+    ]
+    microscope.signs_picture(rows, tmp_path / "b.png")
+    above, below = pyplot.gcf().axes
+    assert [bar.get_height() for bar in below.patches] == [0.1, 0.2, 0.3]
+    shares = [line.lines[0].get_ydata().tolist() for line in above.containers]
+    assert shares == [pytest.approx([(i + place) / 10 for place in range(3)]) for i in range(5)]
+    monkeypatch.undo()
+    pyplot.close("all")
 
 
 def test_the_kept_page_says_what_the_kept_tables_say(tmp_path, monkeypatch):
