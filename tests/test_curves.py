@@ -88,6 +88,53 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_has_come(tmp_path):
     assert "4/9" in curves.listing([run])[1]
 
 
+def test_of_a_run_that_goes_on_the_last_row_is_shown(tmp_path):
+    """And one scale is that of all runs, whose curves are of evaluations where there are three."""
+    long = curves.read(made(tmp_path / "long", rows=12))
+    long.rows[-1]["in_form"] = 0.5
+    assert curves.accuracy_of(long) == "0.750 in training"  # mean of the last ten rounds
+    short = curves.read(made(tmp_path / "short", rows=2))
+    short.rows[1]["accuracy"] = 0.0
+    head, first, second = map(cells, curves.listing([long, short]))
+    assert first[-4:-1] == ["50.0%", "1,200", "6"] and head[-1] == "0.00 to 1.20"
+    assert second[-1] == "▂▁"
+    for n, value in enumerate((0.25, 0.5, 0.75)):
+        assert curves.drawn_accuracy(long) == long.values("accuracy")
+        long.rows[n]["held_out"] = value
+    assert curves.drawn_accuracy(long) == [0.25, 0.5, 0.75]
+
+
+def test_bars_are_the_nearest_and_two_curves_of_a_line_share_a_scale():
+    assert curves.curve([0, 0.6, 0.95, 1], 0, 1) == "▁▅██"
+    line = curves.table({"kl": [0, 1.0]}, {"kl": [0, 10.0]}, ("a", "b"))[2]
+    assert line.split()[2] == "▁▂" and line.split()[6] == "▁█"
+
+
+def test_a_run_is_made_once_and_one_that_was_stopped_goes_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    folder, asked = Path("runs", "x"), []
+    code = "import sys; sys.exit(int(sys.argv[1]))"
+
+    def go(code_of_exit: int) -> list[str]:
+        def run(command, right=subprocess.run):
+            asked.append(command[3:])
+            return right([*command[:3], str(code_of_exit)])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", run)
+            assert curves.make("x", "title", ["-c", code], ["--lr", "1"]) == folder
+
+    with pytest.raises(SystemExit) as stopped:
+        go(3)
+    assert stopped.value.code == 3
+    (folder / "checkpoint").mkdir(parents=True)
+    go(0)
+    (folder / "summary.json").write_text("{}")
+    go(0)
+    flags = ["--name", "x", "--lr", "1"]
+    assert asked == [flags, [*flags, "--resume"]]
+
+
 def test_what_is_not_finite_is_left_out_of_curves():
     rows = [dict(step=1.0, accuracy=0.5), dict(step=2.0, accuracy=math.nan), dict(step=3.0)]
     run = curves.Run("", rows, {}, {})
@@ -97,7 +144,7 @@ def test_what_is_not_finite_is_left_out_of_curves():
 
 def test_evaluations_begin_before_the_run_and_end_after_it(tmp_path):
     run = curves.read(made(tmp_path / "a", summary=SUMMARY))
-    run.rows[1]["held_out"] = 0.5
+    run.rows[1]["held_out"] = run.rows[3]["held_out"] = 0.5  # that of the last round comes once
     assert curves.evaluations(run, "step") == ([0, 2, 4], [0.25, 0.5, 0.75], [0.03, 0.0, 0.02])
     assert curves.own_columns([run]) == ["kl", "in_form"]  # nothing was clipped
     for row in run.rows:
@@ -158,6 +205,26 @@ def test_every_column_that_a_script_writes_has_a_meaning_and_no_other(warm, run,
     left = {f"{path.name}{'/' * path.is_dir()}" for path in folder.iterdir()}
     assert left == curves.FILES.keys()
     assert {*curves.FILES, *curves.COLUMNS} <= set("\n".join(curves.meanings()).split())
+
+
+def test_the_picture_goes_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curves, "draw", lambda runs, path: f"{[r.name for r in runs]} to {path}")
+    argv = ["curves.py", str(made(tmp_path / "a")), str(made(tmp_path / "b")), "--out", "it.png"]
+    monkeypatch.setattr(sys, "argv", argv)
+    curves.main()
+    assert capsys.readouterr().out.endswith("['a', 'b'] to it.png\n")
+
+
+def test_a_picture_is_drawn_against_rounds_tokens_and_seconds(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="tutorials/requirements.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: None)  # to be looked at
+        run = curves.read(made(tmp_path / "a", rows=30, summary=SUMMARY))
+        curves.draw([run], tmp_path / "a.png")
+    top = pyplot.gcf().axes[:3]
+    pyplot.close()
+    ends = [axis.containers[0].lines[0].get_xdata().tolist() for axis in top]
+    assert ends == [[0, 30], [0, 3000], [0, 15]]
 
 
 def test_a_picture_is_drawn(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import reset_po
 import spo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,13 @@ def test_a_chain_and_the_last_row_add_up_to_reward_minus_value(failure):
 
 def test_a_reset_keeps_the_steps_before_and_credits_the_rest(failure, monkeypatch):
     found, _, model, tokenizer = failure
+    resets = []
+
+    def reset_seeds(*args, right=reset_po.reset_seeds):
+        resets[:], more = right(*args)
+        return resets[:], more
+
+    monkeypatch.setattr(reset_po, "reset_seeds", reset_seeds)
     for seed in range(20):  # until one continuation is right and one is wrong
         rows = pictures.reset_rows(found, model, tokenizer, torch.Generator().manual_seed(seed))
         if rows:
@@ -76,6 +84,7 @@ def test_a_reset_keeps_the_steps_before_and_credits_the_rest(failure, monkeypatc
         [back] = row.starts
         assert row.advantages[:back] == [None] * back and len(row.pieces) == len(row.advantages)
         assert row.pieces[:back] == pictures.pieces_of(found.rollout.ids, tokenizer)[:back]
+        assert resets[0].group[0].prompt == found.rollout.prompt + found.rollout.ids[:back]
     assert right.advantages[-1] > 0 > wrong.advantages[-1]
 
 
@@ -105,6 +114,56 @@ def test_every_method_has_to_say_something():
     assert pictures.all_speak([row(name, [0.5]) for name in names])
     assert not pictures.all_speak([row(name, [0.5]) for name in names[:4]])
     assert not pictures.all_speak([row(name, [float(name != "SPO-tree")]) for name in names])
+
+
+def test_the_failure_is_the_first_where_most_others_are_right(monkeypatch):
+    """And in the middle, and with rows of all methods."""
+    rewards = {"none": [0.0] * 7, "few": [1.0] * 3 + [0.0] * 4, "most": [1.0] * 4 + [0.0] * 3}
+
+    def siblings(failure, *_):
+        return [common.Rollout([], [], True, r) for r in rewards[failure.split(",")[0]]]
+
+    monkeypatch.setattr(pictures, "failures", lambda *_: found)
+    monkeypatch.setattr(pictures, "in_the_middle", lambda failure, *_: "at the end" not in failure)
+    monkeypatch.setattr(pictures, "siblings", siblings)
+    monkeypatch.setattr(pictures, "credit_rows", lambda failure, *_: failure)
+    monkeypatch.setattr(pictures, "all_speak", lambda rows: "silent" not in rows)
+    found = ["none", "few", "most, at the end", "most, silent", "most", "most, but later"]
+    assert pictures.chosen_failure(None, None, [], None, None) == ("most", "most")
+    found = found[:4]
+    with pytest.raises(ValueError, match="no failure in the middle"):
+        pictures.chosen_failure(None, None, [], None, None)
+
+
+def test_segments_that_have_a_number():
+    row = pictures.Row("", "", ["a"] * 4, [0.1, 0.1, -0.5, -0.5], [0, 2])
+    assert pictures.segments(row) == [(0, 2, 0.1), (2, 4, -0.5)]
+    assert pictures.segments(row._replace(kind="ratio")) == [(0, 4, 0.1)]
+    each = row._replace(kind="token", starts=[0, 1, 2, 3])
+    assert pictures.segments(each) == [(2, 3, -0.5), (3, 4, -0.5)]  # the large ones
+    assert [pictures.number(x) for x in (0.5, -0.25, 0.0)] == ["+0.50", "\u22120.25", "0"]
+
+
+def test_the_picture_of_credit_says_what_was_wrong(failure, monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="tutorials/requirements.txt")
+    found, others, model, tokenizer = failure
+    generator = torch.Generator().manual_seed(0)
+    rows = pictures.group_rows(found, others, model, tokenizer)
+    rows += [pictures.tree_row(found, tokenizer)]
+    rows += [pictures.exact_row(found, model, tokenizer, generator, continuations=4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: None)  # to be looked at
+        pictures.draw_credit(found, rows, tokenizer, tmp_path / "it.png")
+    figure = pyplot.gcf()
+    pyplot.close()
+    told = [text.get_text() for text in (*figure.texts, *figure.axes[0].texts)]
+    given = tokenizer.decode(found.rollout.ids, skip_special_tokens=True).split("\n")
+    right = found.problem.solution.split("\n")
+    line = next(n for n, (a, b) in enumerate(zip(given, right)) if a != b)
+    assert f"first mistake: {given[line]}, right is {right[line]}" in told
+    asked = f"{found.problem.question} = {found.problem.answer}; the policy ends at "
+    assert f"{asked}{given[-1].split()[-1]}: reward 0" in told
+    assert [text for text in told if text in ("GRPO", "MPO", "SPO-tree", "Near-exact")]
 
 
 # ----------------------------------------------------------------------------------------- curves
@@ -149,6 +208,13 @@ def test_pictures_without_input_are_named(tmp_path, monkeypatch, capsys):
     assert "curves.png is left out: there is no results/curves.csv" in capsys.readouterr().out
     written(tmp_path / "results" / "curves.csv")
     pictures.main()
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", lambda figure: None)  # to be looked at
+        pictures.curves_picture(tmp_path / "a.png")
+    ends = [axis.lines[0].get_xdata()[-1] for axis in pyplot.gcf().axes]
+    pyplot.close()
+    assert ends == [80, 80 * 3000 + 1]  # rounds, and tokens on average
     for name in ("flow", "curves"):
         drawn = (tmp_path / "results" / f"{name}.png").read_bytes()
         assert drawn.startswith(b"\x89PNG") and len(drawn) < 150_000

@@ -308,11 +308,14 @@ def test_small_runs_are_kept_until_their_script_or_command_changes(helpers, monk
     monkeypatch.setattr(helpers, "ROOT", tmp_path)
     for name in ("spo", "mpo", "common"):
         (tmp_path / f"{name}.py").write_text(name)
-    done = []
+    done, seeds, warmed = [], [], []
 
     def run_jobs(jobs):
         for script, args in jobs:
-            if script != "warm":
+            if script == "warm":
+                warmed.append(args)
+            else:
+                seeds.append(args[args.index("--seed") + 1])
                 done.append(script)
                 folder = tmp_path / "runs" / args[-1]
                 folder.mkdir(parents=True)
@@ -333,3 +336,28 @@ def test_small_runs_are_kept_until_their_script_or_command_changes(helpers, monk
     assert done[3:] == ["spo", "mpo"]
     helpers.small_runs({"a": "spo.py --steps 3"}, seeds=(0, 1))
     assert done[5:] == ["spo", "spo"]
+    assert seeds[5:] == ["0", "1"] and warmed[-2:] == [[0], [1]]
+    for path in (tmp_path / "runs").glob("*/summary.json"):
+        path.unlink()  # of a run that was stopped nothing is left
+    helpers.small_runs({"a": "spo.py --steps 3"}, seeds=(0, 1))
+    assert len(done) == 9
+
+
+def test_a_line_is_the_mean_of_its_seeds_with_its_error(helpers):
+    def run(seed, tokens, held_out):
+        rows = [dict(step=1.0, sampled_tokens=tokens, held_out=held_out)]
+        return helpers.Run("a", seed, rows, dict(accuracy_before=0.25, accuracy_stderr=0.03))
+
+    def drawn(runs):
+        figure, axis = helpers.plt.subplots()
+        helpers.draw_curves(axis, runs, "sampled_tokens", "tokens")
+        [(line, _, [bars])] = [bars.lines for bars in axis.containers]
+        helpers.plt.close(figure)
+        halves = [(high - low) / 2 for (_, low), (_, high) in bars.get_segments()]
+        return line.get_xydata().tolist(), halves, axis.get_title()
+
+    points, halves, title = drawn([run(0, 100.0, 0.5), run(1, 300.0, 0.7)])
+    assert points == [[0, 0.25], [200, pytest.approx(0.6)]]
+    assert halves == pytest.approx([0, 0.1]) and title.startswith("mean of 2 seeds")
+    points, halves, title = drawn([run(3, 100.0, 0.5)])
+    assert points[1] == [100, 0.5] and halves == pytest.approx([0.03, 0.03]) and title == "one seed"
