@@ -68,13 +68,6 @@ def test_a_chain_and_the_last_row_add_up_to_reward_minus_value(failure):
 
 def test_a_reset_keeps_the_steps_before_and_credits_the_rest(failure, monkeypatch):
     found, _, model, tokenizer = failure
-    resets = []
-
-    def reset_seeds(*args, right=reset_po.reset_seeds):
-        resets[:], more = right(*args)
-        return resets[:], more
-
-    monkeypatch.setattr(reset_po, "reset_seeds", reset_seeds)
     for seed in range(20):  # until one continuation is right and one is wrong
         rows = pictures.reset_rows(found, model, tokenizer, torch.Generator().manual_seed(seed))
         if rows:
@@ -84,8 +77,16 @@ def test_a_reset_keeps_the_steps_before_and_credits_the_rest(failure, monkeypatc
         [back] = row.starts
         assert row.advantages[:back] == [None] * back and len(row.pieces) == len(row.advantages)
         assert row.pieces[:back] == pictures.pieces_of(found.rollout.ids, tokenizer)[:back]
-        assert resets[0].group[0].prompt == found.rollout.prompt + found.rollout.ids[:back]
     assert right.advantages[-1] > 0 > wrong.advantages[-1]
+
+    def reset_seeds(model, tokenizer, problems, seeds, *_, right=reset_po.reset_seeds):
+        [reset], more = right(model, tokenizer, problems, seeds, *_)
+        return [reset._replace(starts=[0, 2, 5], named=2, group=group)], more
+
+    group = [common.Rollout([], [1, 2, 3], True, reward) for reward in (1.0, 0.0)]
+    monkeypatch.setattr(reset_po, "reset_seeds", reset_seeds)
+    for row in pictures.reset_rows(found, model, tokenizer, torch.Generator()):
+        assert row.starts == [2] and row.advantages.count(None) == 2 and len(row.pieces) == 5
 
 
 def test_the_rule(tokenizer):
@@ -93,15 +94,19 @@ def test_the_rule(tokenizer):
     facts = frozenset({(4, 2), (3, 1), (7, 4)})
     problem = common.Problem("43+1+2+4", common.solve_sum("43+1+2+4"), "50", checkable=True)
 
+    shown = []
+
     def holds(question_facts, text):
         ids = [*common.encode(tokenizer, text), tokenizer.eos_token_id]
         answer = spo.Answer(0, common.Rollout([], ids, True), [], [])
         wrong = common.first_wrong_token(ids, problem, tokenizer)
         failed = pictures.Failure(problem, answer, wrong)
+        shown.append(pictures.right_step(failed, tokenizer))
         return pictures.in_the_middle(failed, question_facts, tokenizer)
 
     middle = "43+1=44\n44+2=47\n47+4=51\n#### 51"
     assert holds(facts, middle) and not holds(frozenset({(9, 9)}), middle)
+    assert shown == [("44+2=47", "44+2=46")] * 2
     assert not holds(facts, "43+1=45\n45+2=47\n47+4=51\n#### 51")
     assert not holds(facts, "43+1=44\n44+2=46\n46+4=50\n#### 51")
 
