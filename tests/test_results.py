@@ -1,11 +1,15 @@
 """How the tables of tests/results.py come about: rates, pairs by seed, intervals, what is kept. And
 that the pages say what the kept runs say."""
 
+import json
 import math
 import re
 import subprocess
 import sys
+import time
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -215,6 +219,49 @@ def test_runs_are_kept_to_the_last_digit(tmp_path):
     assert results.read_kept(path) == {run.command: run for run in runs}
 
 
+def test_a_run_begins_anew_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """Whose clock is the processor's, and which says where it was told what went wrong."""
+
+    def main():
+        folder, began = Path("runs", sys.argv[-1]), time.time()
+        folder.mkdir()  # nothing is there
+        time.sleep(0.3)
+        (folder / "seconds").write_text(str(time.time() - began))
+        print(sys.argv, file=sys.stderr)
+        assert "--wrong" not in sys.argv
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(results.SCRIPTS, "mpo", SimpleNamespace(main=main))
+    argv, clock = sys.argv, time.time
+    (tmp_path / "runs" / "x").mkdir(parents=True)  # left by one that was interrupted
+    results.start("mpo", ["--name", "x"])
+    assert float((tmp_path / "runs" / "x" / "seconds").read_text()) < 0.2
+    assert sys.argv is argv and time.time is clock
+    with pytest.raises(RuntimeError, match="failed: mpo.py --wrong --name y"):
+        results.start("mpo", ["--wrong", "--name", "y"])
+
+
+@pytest.mark.parametrize(
+    "words, tables",
+    [("", [*results.TABLES]), ("mpo spo", ["mpo", "spo"]), ("--write", []), ("mpo --write", [])],
+)
+def test_the_tables_that_are_named_are_made(monkeypatch, words, tables):
+    made, written = [], []
+    monkeypatch.setattr(results, "make_table", lambda name, *_: made.append(name))
+    monkeypatch.setattr(results, "write_all", written.append)
+    monkeypatch.setattr(sys, "argv", ["results.py", *words.split()])
+    results.main()
+    assert made == tables and written == [results.read_kept(results.RESULTS / "runs.csv")]
+
+
+def test_a_table_that_there_is_not_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(results, "make_table", lambda *_: pytest.fail("something was run"))
+    monkeypatch.setattr(sys, "argv", ["results.py", "spo", "nothing"])
+    with pytest.raises(SystemExit) as stopped:
+        results.main()
+    assert stopped.value.code == 2 and "no table nothing; there are spo" in capsys.readouterr().err
+
+
 LEAST = "--terms 2 --warm_start_steps 20 --prompts 2 --batch_size 2 --steps 3 --max_new_tokens 8"
 CHILD = f"""
 import sys
@@ -251,6 +298,10 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
             f for f in (tmp_path / "runs").glob("t-*")
             if f.name == f"t-{int('group_size 2' in told)}-{run.lr:g}-{run.seed}"
         )  # fmt: skip
+        facts = json.loads((folder / "summary.json").read_text())
+        assert (run.before, run.after) == (facts["accuracy_before"], facts["accuracy_after"])
+        assert (run.in_form, run.seconds) == (facts["in_form_after"], round(facts["seconds"], 1))
+        assert run.curve[0] == [0, 0, 0, run.before]
         metrics = (folder / "metrics.csv").read_text().splitlines()
         names, ends = metrics[0].split(","), metrics[-1].split(",")
         assert run.tokens == int(ends[names.index("sampled_tokens")])
@@ -259,6 +310,9 @@ def test_what_is_missing_is_run_once_and_all_pages_are_written(tmp_path):
         assert run.means["trained"] == pytest.approx(sum(trained) / 3)
         evaluated = [point[3] for point in run.curve[1:]]  # one round of three has no value
         assert run.means["held_out"] == pytest.approx(sum(evaluated) / 2)
+    # A seed's warm start is made once, before two runs at a time need it.
+    warm = {folder.name for folder in (tmp_path / "runs").glob("warm-*") if folder.is_dir()}
+    assert warm == {"warm-t-7", "warm-t-0", "warm-t-1"}
     front = (tmp_path / "README.md").read_text()
     assert "| two | `spo`, 3 | 2 x 2 | 0.00 M |" in front and "| one: " in front
     assert "## Title" in (tmp_path / "tables.md").read_text()
