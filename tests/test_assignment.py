@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -1004,10 +1005,48 @@ def test_the_command_compares_the_two_runs(tmp_path, monkeypatch, capsys):
     assert "yours: k3\n" in out and "the project's: group_advantages, masked_mean" in out
     assert "the runs part at step 2: loss -0.2, reference 0.2" in out
     assert [name.split("-")[0] for name, _, _ in made] == ["reference", "yours"]
-    assert made[0][2] == made[1][2] == ["--tiny"] and str(file) in made[1][1]
+    assert made[0][2] == made[1][2] == ["--tiny"]
+    inside = [str(STUDENT.with_name("train.py")), *"--inside --script mpo --file".split()]
+    assert [command for _, command, _ in made] == [[*inside, os.devnull], [*inside, str(file)]]
+    assert "\nreference: held-out accuracy 0.500 -> 1.000\n" in out
+
+    def again(flags: str) -> list[str]:
+        """Names of both runs with these flags."""
+        del made[:]
+        monkeypatch.setattr(sys, "argv", ["train.py", "--file", str(file), *flags.split()])
+        train.main()
+        assert made[0][2] == made[1][2] == ["--tiny", *flags.split()]
+        return [name for name, _, _ in made]
+
+    long = "--variant tree --branching 4 4 --prompts 16 --steps 42 --eval_every 14 --seed"
+    seeds = [again(f"{long} {seed}") for seed in (1, 2)]
+    file.write_text(file.read_text() + "\n# changed\n")
+    seeds.append(again(f"{long} 3"))
+    assert len({name for names in seeds for name in names}) == 6
+    before = again("--seed 1")
+    [shutil.rmtree(tmp_path / name) for name in before]
+    file.write_text(file.read_text() + "\n# and again\n")
+    reference, yours = again("--seed 1")
+    assert reference == before[0] and yours != before[1]
+    two = dict(kl=[0.0, 1.0], loss=[1.0, 1.0])
+    assert train.first_difference(dict(kl=[0.0, 2.0], loss=[3.0, 1.0]), two).startswith("step 1")
     monkeypatch.setattr(sys, "argv", ["train.py", "--file", str(STUDENT)])
     with pytest.raises(SystemExit, match="no function that is written yet"):
         train.main()
+
+
+def test_a_run_with_a_students_functions_has_them(tmp_path, monkeypatch):
+    """Those that are written, in the script that is asked for, with its flags; others have none."""
+    began, plugged = [], []
+    monkeypatch.setattr(common, "cli", lambda main: began.append((main, sys.argv)))
+    monkeypatch.setattr(train, "plug", lambda path, names: plugged.append((path, names)))
+    file = submission(tmp_path, "def k3(x):\n  return x * x / 2\n")
+    for path in (str(file), os.devnull):
+        words = ["--inside", "--script", "mpo", "--file", path, "--tiny", "--seed", "4"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        train.main()
+    assert began == [(mpo.main, ["mpo.py", "--tiny", "--seed", "4"])] * 2
+    assert plugged == [(file, ["k3"])]
 
 
 # ----------------------------------------------------------------------------- for the instructor

@@ -11,6 +11,7 @@ has not ended is shown as far as it has come. The bug lab and assignment/train.p
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import re
@@ -89,8 +90,11 @@ def make(name: str, title: str, command: list[str], flags: list[str]) -> Path:
     return folder
 
 
-def slug(flags: list[str]) -> str:
-    return "-".join(re.sub(r"[^\w.]", "", flag) for flag in flags)
+def slug(flags: list[str], most: int = 60) -> str:
+    """The flags as part of a folder's name: of long ones the beginning, and a digest of all."""
+    text = "-".join(re.sub(r"[^\w.]", "", flag) for flag in flags)
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    return text if len(text) <= most else f"{text[:most]}-{digest}"
 
 
 def columns(folder: Path) -> dict[str, list[float]]:

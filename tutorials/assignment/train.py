@@ -160,7 +160,7 @@ def main() -> None:
     flags = ["--tiny", *flags]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     common = [str(HERE / "train.py"), "--inside", "--script", args.script, "--file"]
-    runs, slug = {}, f"{args.script}-{curves.slug(flags)}"[:70].rstrip("-")
+    runs, slug = {}, f"{args.script}-{curves.slug(flags)}"
     for title, name, file in (("reference", f"reference-{slug}", os.devnull),
                               ("yours", f"yours-{slug}-{digest}", str(path))):  # fmt: skip
         what = f"{title}: {args.script}.py {' '.join(flags)}"

@@ -22,7 +22,7 @@ import curves  # noqa: E402
 
 def run(script: str, bug: int, flags: list[str]) -> Path:
     """The folder of this run, which is made if it is not there."""
-    name = f"lab-{script}-bug{bug}-{curves.slug(flags)}"[:99].rstrip("-")
+    name = f"lab-{script}-bug{bug}-{curves.slug(flags)}".rstrip("-")
     title = f"{f'with bug {bug}' if bug else 'healthy'}: {script}.py {' '.join(flags)}"
     command = [__file__, "--inside", "--bug", str(bug), "--script", script]
     return curves.make(name, title, command, flags)
