@@ -94,6 +94,20 @@ def test_what_is_right_gets_all_points_where_no_solution_is(seed):
     assert not note
 
 
+def test_drawn_cases_are_of_the_seed_that_is_asked_for(monkeypatch):
+    def drawn(task, seed, right=grader.drawn):
+        seeds.append(seed)
+        return right(task, seed)
+
+    seeds, task = [], BY_NAME["k3"]
+    one, again, other = ([str(case.args) for case in grader.drawn(task, s)] for s in (1, 1, 2))
+    assert one == again != other
+    monkeypatch.setattr(grader, "drawn", drawn)
+    monkeypatch.setattr(grader, "TASKS", [task])
+    grader.grade(RIGHT, seed=23)
+    assert seeds == [23]
+
+
 def test_stubs_have_the_projects_names_and_parameters():
     student = sandbox.load(str(STUDENT))
     for task in TASKS:
@@ -589,6 +603,12 @@ def test_a_likeness_is_a_note_and_a_short_copy_may_be_chance(tmp_path):
     assert re.match(r"tree_advantages is 9\d% like the project's", note)
 
 
+def test_what_a_person_should_look_at_is_named():
+    assert grader.looks(b"def k3(x):\n  return x\n") == []
+    source = b"import importlib, inspect\nimport torch\n"
+    assert grader.looks(source) == ["speaks of importlib, inspect"]
+
+
 def test_a_reading_elsewhere_is_refused_and_noted(tmp_path):
     source = "try:\n  open('/etc/passwd')\nexcept OSError:\n  pass\n"
     results, note = grader.grade(submission(tmp_path, source))
@@ -734,6 +754,21 @@ def test_the_readmes_command_grades_a_file_and_writes_a_row(tmp_path):
     assert (first["total"], second["total"]) == ("100.0", "0.0")
     assert first["file"] == str(RIGHT) and float(first["k3"]) == BY_NAME["k3"].points
     assert sum(float(first[part]) for part in PARTS) == 100
+
+
+def test_the_grader_is_given_what_the_command_says(tmp_path, monkeypatch):
+    asked, folder = tmp_path / "asked", STUDENT.parent
+
+    def grade(*given):
+        asked.write_text(str(given))
+        return grader.nothing("a note")
+
+    monkeypatch.setattr(grader, "grade", grade)
+    options = ["-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    for file, words in ((STUDENT, ["--limit", "3", "--seed", "8"]), (RIGHT, [])):
+        assert forked(lambda: pytest.main([str(folder), *options, *words])) == 1
+        assert asked.read_text() == str((str(file), *((3, 8) if words else (10, 0))))
+        monkeypatch.setenv("STUDENT_FILE", str(RIGHT))
 
 
 def test_pytest_without_arguments_leaves_the_grader_alone():
@@ -1058,7 +1093,9 @@ def test_a_folder_is_graded_to_a_table_with_times(tmp_path, monkeypatch, capsys)
     (folder / "anna.py").write_text(RIGHT.read_text())
     (folder / "ben.py").write_text("import reference")
     (folder / "cem.py").write_text(RIGHT.read_text() + WRONG_CLIP)
-    command = ["bulk.py", str(folder), "--csv", str(points), "--seed", "5"]
+    command = ["bulk.py", str(folder), "--csv", str(points), "--seed", "5", "--limit", "9"]
+    asked, grade = [], grader.grade
+    monkeypatch.setattr(grader, "grade", lambda *given: asked.append(given) or grade(*given))
     monkeypatch.setattr(sys, "argv", command)
     bulk.main()
     with open(points, newline="") as file:
@@ -1066,11 +1103,18 @@ def test_a_folder_is_graded_to_a_table_with_times(tmp_path, monkeypatch, capsys)
     assert [*rows[0]] == ["file", "total", *PARTS, *BY_NAME, "note", "seconds"]
     assert [(row["total"], float(row["seconds"]) >= 0) for row in rows] == [
         ("100.0", True), ("0.0", True), ("92.0", True)]  # fmt: skip
+    assert asked == [(folder / f"{name}.py", 9, 5) for name in ("anna", "ben", "cem")]
     assert "imports the project's own reference" in rows[1]["note"]
+    assert f"\nnote: {rows[1]['note']}\n" in (folder / "ben.txt").read_text()
+    assert "note: " not in (folder / "anna.txt").read_text()
     assert "total                      100 of 100" in (folder / "anna.txt").read_text()
     assert "clipped_surrogate: 0 of 8 points\nIs your minimum" in (folder / "cem.txt").read_text()
     assert capsys.readouterr().out.count("\n") == 3
-    for command, says in ((command, "is there already"), (["b", str(tmp_path)], "no file")):
+    assert bulk.gradescope([], rows[1]["note"]) == dict(score=0, output=rows[1]["note"], tests=[])
+    several = ["bulk.py", str(folder), "--results", str(tmp_path / "results.json")]
+    for command, says in (
+        (command, "is there already"), (["b", str(tmp_path)], "no file"), (several, "one file"),
+    ):  # fmt: skip
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit, match=says):
             bulk.main()
