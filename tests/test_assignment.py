@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ import answers  # noqa: E402
 import bugs  # noqa: E402
 import bulk  # noqa: E402
 import catches  # noqa: E402
+import check  # noqa: E402
 import curves  # noqa: E402
 import edition  # noqa: E402
 import figures  # noqa: E402
@@ -106,6 +108,14 @@ def test_drawn_cases_are_of_the_seed_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(grader, "TASKS", [task])
     grader.grade(RIGHT, seed=23)
     assert seeds == [23]
+
+
+def test_what_stands_outside_of_the_mask_is_free():
+    def mine(mask, cfg):
+        return reference.scaled_eps(mask, cfg).masked_fill(~mask, 7.0)
+
+    result = grader.grade_task(BY_NAME["scaled_eps"], mine)
+    assert (result.points, result.message) == (result.out_of, "")
 
 
 def test_stubs_have_the_projects_names_and_parameters():
@@ -1206,6 +1216,37 @@ def test_what_is_left_of_the_assignment_works(students, tmp_path):
     assert told.splitlines()[1].strip() == answers.DETACHED
     text = (folder / "README.md").read_text()
     assert "python check.py" in text and "pytest" not in text and "train.py" not in text
+
+
+def test_a_file_that_cannot_be_checked_says_why(students, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "HERE", students / "1_assignment")
+    file = tmp_path / "mine.py"
+    monkeypatch.setattr(sys, "argv", ["check.py", str(file)])
+
+    def told(source: str) -> str:
+        if source:
+            file.write_text(source)
+        with pytest.raises(SystemExit) as stopped:
+            check.main()
+        return f"{stopped.value} {capsys.readouterr().out}"
+
+    assert told("") == f"there is no file {file} "
+    assert told("1 / 0") == "the file does not import: ZeroDivisionError: division by zero "
+    left = told(f"{RIGHT.read_text()}\ndel k3\n")
+    assert re.search(r"^k3: 0 of \d+ cases\n    the file has no such function$", left, re.MULTILINE)
+    assert left.startswith("True ") and "16 of 17 functions are right" in left
+
+
+def test_one_question_is_asked_of_those_that_fit_all_wrong_cases():
+    def case(says, *mistakes):
+        args = sandbox.packed((1.0,), [])
+        return dict(says=says, args=args, wanted=1.0, trains=False, mistakes=mistakes)
+
+    student = SimpleNamespace(function=lambda name: lambda x: 2.0)
+    cases = [case("a", ("A?", 3.0), ("B?", 2.0), ("C?", 2.0), ("D?", 2.0))]
+    cases.append(case("b", ("D?", 3.0), ("C?", 2.0), ("B?", 2.0), ("A?", 2.0)))
+    wrong = [f"{says}: is () [2.0], should be () [1.0]" for says in "ab"]
+    assert check.check(student, "f", cases) == (0, ["B?", *wrong])
 
 
 def test_the_notebooks_of_the_edition_have_the_kept_pictures_and_nothing_folded(students):

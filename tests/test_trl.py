@@ -14,6 +14,7 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,6 +328,52 @@ def test_learning_rates_are_the_scripts(monkeypatch, policy, tmp_path, method):
     assert given.rates == pytest.approx(wanted, rel=1e-6)
 
 
+def test_a_step_has_the_scripts_problems_of_which_each_process_has_its_share(monkeypatch):
+    """Twelve updates of three steps: the sixth is of the second step."""
+    asked = []
+    monkeypatch.setattr(adapter, "draw", lambda _, problems: asked.extend(problems) or ([], 0.25))
+    for process in range(2):
+        args = SimpleNamespace(max_steps=12, world_size=2, process_index=process, seed=3)
+        trainer = SimpleNamespace(
+            cfg=adapter.mpo.Config(prompts=4, batch_size=8, steps=3), args=args, problems=[*range(40)],
+            state=SimpleNamespace(global_step=5), method="mpo",
+            processing_class=SimpleNamespace(eos_token_id=0),
+        )  # fmt: skip
+        assert adapter.rollouts([""] * 8, trainer)["accuracy"] == 0.25
+    assert asked == common.batch_at([*range(40)], 1, 4, 3)
+
+
+@pytest.mark.parametrize("method", ["mpo", "spo-chain"])
+def test_answers_are_drawn_as_the_settings_say(monkeypatch, policy, tmp_path, method):
+    """From prompts with the instruction, at the temperature; their accuracy is the mean reward."""
+    own = "--seed 3 --prompt Think. --training_tokens 777"
+    trainer = trainer_of(f"{CASES[method]} {own}", policy, tmp_path)
+    assert trainer.generator.initial_seed() == 3
+    assert trainer.problems == common.load_problems("sums", "train", None, 3, 3)
+    assert trainer.compute.training_tokens == 777 and trainer.instruction == "Think."
+    monkeypatch.setattr(common, "response_reward", half_are_right)
+    seen = []
+
+    def complete(*args, right=common.complete, **options):
+        seen.append((args[2], options, found := right(*args, **options)))
+        return found
+
+    monkeypatch.setattr(common, "complete", complete)
+    problems = trainer.problems[:6]
+    _, accuracy = adapter.draw(trainer, problems)
+    states, options, answers = seen[0]
+    tokenizer = trainer.processing_class
+    assert states == [common.initial_state(tokenizer, p, "Think.") for p in problems]
+    assert options["temperature"] == 1.3 and options["compute"] is trainer.compute
+    assert accuracy == sum(answer.reward for answer in answers) / len(answers) > 0
+
+
+def test_processes_draw_with_seeds_of_their_own(monkeypatch, policy, tmp_path):
+    monkeypatch.setattr(adapter.GRPOConfig, "process_index", 1)
+    trainer = trainer_of(f"{CASES['mpo']} --seed 3", policy, tmp_path)
+    assert trainer.generator.initial_seed() == 4
+
+
 def test_trees_without_any_signal_change_nothing(monkeypatch, policy, tmp_path):
     monkeypatch.setattr(common, "response_reward", lambda *_: 0.0)
     trainer = trainer_of(CASES["spo-tree"], policy, tmp_path)
@@ -348,6 +395,7 @@ def test_trees_without_any_signal_change_nothing(monkeypatch, policy, tmp_path):
         ("spo-tree --batch_size 8", "--batch_size"),
         ("spo-tree --replay_age 2", "--replay_age"),
         ("mpo --scale_eps True", "--scale_eps"),
+        ("mpo --eval_only --model x", "--eval_only: is not for TRL"),
         ("mpo -- --beta 0.1", "--beta behind --"),
         ("mpo -- --learning_rate=0.1", "--learning_rate behind --"),
         ("mpo -- --nothing 1", "--nothing"),
@@ -399,6 +447,30 @@ def test_defaults_are_the_scripts(method):
     assert updates == {"mpo": 4, "spo-chain": 2}.get(method, 1)
     assert args.max_steps == cfg.steps * updates
     assert args.learning_rate == cfg.lr and args.temperature == cfg.temperature
+
+
+def test_settings_are_handed_on():
+    flags = "--seed 7 --max_grad_norm 0.3 --gradient_checkpointing True --max_new_tokens 33"
+    *_, args = settings_of(["mpo", *flags.split()])
+    assert (args.seed, args.max_grad_norm, args.max_completion_length) == (7, 0.3, 33)
+    assert args.activation_checkpointing and not settings_of(["mpo"])[-1].activation_checkpointing
+
+
+def test_a_run_that_was_stopped_goes_on_where_trl_is_told_to(monkeypatch, tmp_path):
+    done = []
+
+    class Trainer:
+        def __init__(self, *given):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *given: done.append((name, *given))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapter, "Trainer", Trainer)
+    monkeypatch.setattr(sys, "argv", ["", "mpo", "--", "--resume_from_checkpoint", "there"])
+    adapter.main()
+    assert done == [("train", "there"), ("save_model",), ("save_state",)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
