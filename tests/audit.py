@@ -9,6 +9,7 @@ import csv
 import math
 import re
 import statistics
+import time
 from collections import Counter, defaultdict
 
 import torch
@@ -16,7 +17,8 @@ import torch
 import common
 
 seen = defaultdict(list)  # of the current step
-state = {"evaluating": False, "tokens": 0, "updates": 0, "truth": Counter()}
+state = {"evaluating": False, "tokens": 0, "updates": 0, "truth": Counter(), "seconds": 0.0}
+shuffles = set()
 
 
 def close(given, wanted, what: str, tolerance=1e-5) -> None:
@@ -66,10 +68,14 @@ def install(script) -> None:
 
     @hook("complete")
     def complete(real, model, tokenizer, states, n, *rest, **options):
+        if not state["evaluating"]:
+            seen["began"].append(time.time())
         rollouts = real(model, tokenizer, states, n, *rest, **options)
+        longest = state["setup"].cfg.max_new_tokens
         for i, r in enumerate(rollouts):
             prompt, done, answer = states[i // n]
             assert state["evaluating"] or answer == problem_of(prompt).answer
+            assert r.finished or options.get("limit") or len(done) + len(r.ids) == longest
             r.whole, r.prompt_ids = [*done, *r.ids], list(prompt)
             ended = r.whole[-1:] == [tokenizer.eos_token_id]
             found = re.findall(r"####\s*(\S+)", tokenizer.decode(r.whole[:-1]))
@@ -103,6 +109,7 @@ def install(script) -> None:
     def optimizer_step(real, model, optimizer, schedule, loss, max_grad_norm, scaler):
         modes_are_right(model)
         assert type(optimizer) is torch.optim.AdamW and max_grad_norm == 0.7
+        assert scaler is state["setup"].scaler
         (group,) = optimizer.param_groups
         options = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False)
         assert options.items() <= group.items() and not group["maximize"]
@@ -158,11 +165,26 @@ def install(script) -> None:
 
     real_update = script.update
 
-    def update(model, optimizer, schedule, samples, *rest, **options):
+    def update(model, optimizer, schedule, samples, cfg, shuffle, *rest, **options):
         seen["samples"] = list(samples)
-        return real_update(model, optimizer, schedule, samples, *rest, **options)
+        seed = str(state["setup"].run.seed)
+        assert seed in shuffle.split("-") and shuffle not in shuffles, "an order comes twice"
+        shuffles.add(shuffle)
+        result = real_update(model, optimizer, schedule, samples, cfg, shuffle, *rest, **options)
+        seen["ended"] = time.time()
+        return result
 
     script.update = update
+
+    if script.__name__ == "spo":
+        real_places = script.cutpoint_places
+
+        def cutpoint_places(credit, wrong_facts, *rest):
+            run, checkable = state["setup"].run, state["setup"].train[0].checkable
+            assert wrong_facts == (common.wrong_facts(run.seed) if checkable else None)
+            return real_places(credit, wrong_facts, *rest)
+
+        script.cutpoint_places = cutpoint_places
 
     if script.__name__ == "mpo":
         real_show = script.show_answer
@@ -187,6 +209,13 @@ def install(script) -> None:
                 close(row[key], value, f"step {step + 1}: {key}", 1e-4)
         assert set(row) == set(expected), set(row) ^ set(expected)
         assert progress["sampled_tokens"] == state["tokens"] and progress["step"] == step
+        asked = dict.fromkeys(tuple(prompt) for prompt, _, _ in seen["complete"][0][0])
+        batch = common.batch_at(setup.train, step, setup.cfg.prompts, setup.run.seed)
+        assert [problem_of(prompt) for prompt in asked] == [*dict.fromkeys(batch)]
+        # All of the step's sampling and updates, and neither an evaluation nor a display.
+        took = progress["seconds"] - state["seconds"]
+        assert seen["ended"] - seen["began"][0] <= took <= time.time() - state.get("logged", 0)
+        state["seconds"] = progress["seconds"]
         close(setup.schedule.get_last_lr()[0], learning_rate(script, step), "lr")
         dtype = common.DTYPES[setup.run.dtype]
         assert {*seen["dtypes"]} == {dtype}, "sampling, scoring and updates differ in dtype"
@@ -198,6 +227,7 @@ def install(script) -> None:
         close(float(written["in_form"]), mean(map(formed, whole)), "in_form")
         for name in ("held_out", "held_out_in_form"):
             assert written[name] == (str(state[name]) if written["held_out"] else "")
+        state["logged"] = time.time()
 
     @hook("finish_run")
     def finish_run(real, setup, progress, facts={}, remark=""):
