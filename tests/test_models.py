@@ -229,6 +229,20 @@ def test_a_model_that_is_nowhere_is_refused_in_one_line(run, name):
     assert f"--model {name}: no such folder" in done.err
 
 
+def test_a_hub_id_may_be_downloaded_a_folder_not_and_neither_brings_code(folders, monkeypatch):
+    asked = []
+
+    def stop(source, **options):
+        asked.append((options["local_files_only"], options["trust_remote_code"]))
+        raise OSError("stop")
+
+    monkeypatch.setattr(common.AutoConfig, "from_pretrained", stop)
+    for source in (folders["gpt2"], "nobody/nothing"):
+        with pytest.raises(BadInput):
+            common.load_policy(source, "cpu")
+    assert asked == [(True, False), (False, False)]
+
+
 # -------------------------------------------------------------------------------------- prompts
 
 TEXT = "Zoë has 3 eggs.\n\nHow many are 2,000 more?"
@@ -391,7 +405,8 @@ def test_a_warm_start_of_a_given_model_is_adamw_on_the_solutions_alone(
     )  # fmt: skip
     train = common.load_problems("rows.jsonl", "train")
     model, tokenizer = common.first_policy(run, torch.device("cpu"))
-    folder = common.warm_start(run, train, model, tokenizer)
+    small = common.Compute(training_tokens=99)  # several passes a step, and of them one mean
+    folder = common.warm_start(run, train, model, tokenizer, small)
     made = common.load_policy(folder, "cpu")[0]
 
     mine, _ = common.load_policy(folders[family], "cpu")
@@ -413,6 +428,47 @@ def test_a_warm_start_of_a_given_model_is_adamw_on_the_solutions_alone(
     with torch.no_grad():
         begun, expected, given = (policy(ids).logits for policy in (before, mine, made))
     assert (given - expected).abs().max() < 0.01 * (expected - begun).abs().max()
+
+
+def test_the_built_in_warm_start_has_muon_on_the_matrices_and_rates_that_rise(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    made, passes, dtypes = [], [], []
+    for kind in (torch.optim.Muon, torch.optim.AdamW):
+
+        def make(params, kind=kind, **options):
+            made.append(kind(params, **options))
+            return made[-1]
+
+        monkeypatch.setattr(torch.optim, kind.__name__, make)
+    true_micro_batches = common.micro_batches
+
+    def micro_batches(samples, most):
+        passes.append(most)
+        return true_micro_batches(samples, most)
+
+    monkeypatch.setattr(common, "micro_batches", micro_batches)
+    true_logprobs = common.token_logprobs
+
+    def token_logprobs(model, batch, compute):
+        dtypes.append(compute.dtype)
+        return true_logprobs(model, batch, compute=compute)
+
+    monkeypatch.setattr(common, "token_logprobs", token_logprobs)
+    run = common.RunConfig(terms=2, warm_start_steps=3)
+    model, tokenizer = common.first_policy(run, torch.device("cpu"))
+    train = common.load_problems("sums", "train", 9, 0, 2)
+    small = common.Compute(dtype=torch.bfloat16, training_tokens=64)
+    common.warm_start(run, train, model, tokenizer, small)
+    # What runs share does not depend on --training_tokens, nor on a CPU on --dtype.
+    assert passes == [2048] * 3 and {*dtypes} == {torch.float32}
+    muon, adam = ([p for g in o.param_groups for p in g["params"]] for o in made)
+    layers = [p for p in model.base_model.layers.parameters() if p.ndim == 2]
+    assert {*map(id, muon)} == {*map(id, layers)}
+    assert sorted(map(id, muon + adam)) == sorted(map(id, model.parameters()))
+    rates = [g["lr"] for o in made for g in o.param_groups]
+    assert rates == pytest.approx([0.03 * 3 / 20, 5e-3 * 3 / 20])  # both rise, over 20 steps
 
 
 def test_a_given_model_imitates_the_mistaken_student_on_the_built_in_task(policies):
