@@ -308,8 +308,9 @@ def test_an_update_follows_the_slow_loss_whatever_the_micro_batches(
     model, monkeypatch, mask, threshold, temperature, width
 ):
     cfg = spo.Config(
-        prompts=10, batch_size=10, mask=mask, threshold=threshold, temperature=temperature
-    )
+        prompts=10, batch_size=10, mask=mask, threshold=threshold, temperature=temperature,
+        clip_eps=0.1,
+    )  # fmt: skip
     cfg.max_grad_norm = 1e9
     samples = random_samples(model, temperature=temperature)
     model.zero_grad()
@@ -688,6 +689,7 @@ def test_levels_weigh_alike_if_asked_for(model, monkeypatch):
         (dict(prompts=8, group_size=4), 1),
         (dict(prompts=8, group_size=4, batch_size=8, epochs=3), 12),
         (dict(variant="tree", prompts=5, branching=[2, 3]), 1),
+        (dict(variant="tree"), 14),  # 64 trees of 14 nodes: --replay_total is no limit
         (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, epochs=2), 8),  # of 40
         (dict(variant="tree", prompts=5, branching=[2, 3], batch_size=12, replay_age=1,
               replay_total=30), 3),
