@@ -1801,6 +1801,12 @@ def test_credit_lines_by_hand():
     ]
 
 
+def test_an_answer_is_shown_every_so_many_steps():
+    for every, steps in ((3, [3, 6]), (1, [1, 2, 3, 4, 5, 6]), (0, [])):
+        run = common.RunConfig(show_every=every)
+        assert [step + 1 for step in range(6) if common.is_shown(run, step)] == steps
+
+
 def test_a_title_is_one_line_of_bounded_length():
     title = common.problem_title(Problem("a\n" * 60, "", "7\033"))
     assert title == "a " * 40 + "   answer 7\ufffd"
