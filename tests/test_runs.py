@@ -124,13 +124,27 @@ def test_a_run_says_what_is_to_come_what_was_gained_and_what_to_type_next(base, 
     assert text.endswith(last) and facts["accuracy_before"] != facts["accuracy_after"]
     story = "First it imitates a student who has 35% of the single-digit facts wrong"
     assert text.index(story) < text.index("before:")
+    assert "\nsums: 4,096 problems, 6 held out; on cpu in float32; files in runs/spo/\n" in text
+    for when, lines in (("before", 2), ("after", 1)):  # before: said at once, and at the end
+        said = re.findall(rf"^{when}: +sampled ([\d.]+) ± ([\d.]+),", text, re.M)
+        mean, error = (facts[f"accuracy{x}_{when}"] for x in ("", "_stderr"))
+        assert said == [(f"{mean:.3f}", f"{error:.3f}")] * lines
+    assert facts["accuracy_stderr"] == facts["accuracy_stderr_after"]
+    assert facts["accuracy_stderr_before"] != facts["accuracy_stderr_after"]
+    assert f"\n{facts['sampled_tokens'] / 1e6:.2f} M tokens sampled, " in text
+    shares = (f"{facts['credit_hit']:.0%}", f"{facts['credit_chance']:.0%}")
+    said = re.findall(r"^credit: .* in (\d+%) of .* failures \(by chance (\d+%)\)$", text, re.M)
+    assert said == [shares]
+    accuracy = float(metrics(base[0] / "runs" / "spo")[-1]["accuracy"])
+    assert f"accuracy={accuracy:.2f}]" in base[1].err.split("\r")[-1]
     (start,) = (warm / "runs" / "warm_start").iterdir()
     assert story not in run(*SHORT, *given(start)).out  # it does not
 
 
 def test_evaluating_along_the_way_does_not_change_the_training(base, warm, run):
-    assert run(*BASE, "--eval_every", "0").code == 0
+    assert run(*BASE, "--eval_every", "0", "--show_every", "0").code == 0
     assert weights(warm / "runs" / "spo") == weights(base[0] / "runs" / "spo")
+    assert not (warm / "runs" / "spo" / "samples.txt").exists()
 
 
 def test_trajectory_without_mask_runs(warm, run):
@@ -225,7 +239,10 @@ def test_after_ctrl_c_a_run_saves_says_where_and_resumes_to_the_same_end(base, w
     assert done.code == 130 and 1 <= step < 5
     assert done.out.endswith(f"saved after step {step} in runs/spo/; --resume continues\n")
     assert saved_step(folder) == step and not (folder / "summary.json").exists()
-    assert run(*BASE, "--resume").code == 0
+    again = run(*BASE, "--resume")
+    assert again.code == 0 and "First it imitates" not in again.out  # that has been done
+    assert again.out.count("before: ") == 2  # as in a run that was never stopped
+    assert "training: 100%" in again.err and " 5/5 [" in again.err
     assert result(folder) == result(base[0] / "runs" / "spo")
 
 
@@ -352,8 +369,11 @@ def test_a_warm_start_is_shared_only_by_runs_with_the_same_recipe(run, tmp_path)
         assert len([*tmp_path.glob("runs/warm_start/*")]) == count, change
 
 
-@pytest.mark.parametrize("save_every", ["1", "2"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(warm, run, save_every):
+REPLAY = "--variant tree --segment_tokens 4 --batch_size 0 --replay_age 2 --replay_nodes 1"
+
+
+@pytest.mark.parametrize("more", ["--save_every 1", "--save_every 2", f"--save_every 2 {REPLAY}"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(warm, run, more):
     patch = """
 steps, update = 0, spo.update
 def broken(*args, **options):
@@ -364,15 +384,19 @@ def broken(*args, **options):
     return update(*args, **options)
 spo.update = broken
 """
-    assert run(*BASE, "--save_every", save_every, "--name", "whole").code == 0
-    done = run(*BASE, "--save_every", save_every, patch=patch)
+    flags = [*BASE, *more.split()]
+    assert run(*flags, "--name", "whole").code == 0
+    done = run(*flags, patch=patch)
     folder = warm / "runs" / "spo"
     assert done.code == 1 and "Traceback" not in done.err
     assert "step 3: loss nan" in done.err and "runs/spo/failed" in done.err
     assert saved_step(folder) == saved_step(folder, "failed") == rows_written(folder) == 2
     failed = AutoModelForCausalLM.from_pretrained(folder / "failed")
     assert all(weight.isfinite().all() for weight in failed.parameters())
-    assert run(*BASE, "--save_every", save_every, "--resume").code == 0
+    files = [folder / name / "state.pt" for name in ("checkpoint", "failed")]
+    saved, stopped = (torch.load(file, weights_only=True)["progress"] for file in files)
+    assert saved == stopped  # of the step that failed nothing is counted, and no node is lost
+    assert run(*flags, "--resume").code == 0
     assert result(folder) == result(warm / "runs" / "whole")
 
 
@@ -671,21 +695,33 @@ def test_a_data_file_that_changed_since_is_noticed_on_resume(run, tmp_path):
     folder, flags = tmp_path / "runs" / "spo", [*BASE, "--data", "rows.jsonl"]
     kill = after_rows(folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
     assert run(*flags, "--warm_start_steps", "2", patch=SLOW, meanwhile=kill).code == -9
-    write([*rows[:-1], dict(rows[-1], question="7 and 2")])
-    done = run("--resume")
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "problems of --data rows.jsonl have changed since it began" in done.err
+    for split in ("train", "test"):
+        i = next(i for i in range(60) if common.split_of(f"{i}+2") == split)
+        write([*rows[:i], dict(rows[i], answer="#### 1"), *rows[i + 1 :]])
+        done = run("--resume")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "problems of --data rows.jsonl have changed since it began" in done.err
     write(rows)
     assert run("--resume").code == 0
 
 
 def test_a_prompt_without_room_is_said_before_the_warm_start(run, tmp_path):
-    rows = [dict(question=f"{i}+2", answer=f"#### {i + 2}") for i in range(60)]
-    rows[7]["question"] = "7+2" * 2048
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = run(*BASE, "--data", "rows.jsonl")
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "window of 2048" in done.err and not (tmp_path / "runs").exists()
+    long = {common.split_of(text): text for text in (f"{i}+2" * 2048 for i in range(60))}
+    for split in ("train", "test"):  # one that is held out is asked too
+        rows = [dict(question=f"{i}+2", answer=f"#### {i + 2}") for i in range(60)]
+        rows[7]["question"] = long[split]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        done = run(*BASE, "--data", "rows.jsonl")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "window of 2048" in done.err and not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_may_leave_room_for_a_single_token(tokenizer):
+    problem = common.Problem("31+4", "#### 35", "35")
+    length = len(common.prompt_ids(tokenizer, problem, "Add."))
+    common.check_prompts([problem], tokenizer, "Add.", length + 1)
+    with pytest.raises(common.BadInput, match=f"{length} tokens exceeds .* window of {length}:"):
+        common.check_prompts([problem], tokenizer, "Add.", length)
 
 
 # ---------------------------------------------------------------------------- the other scripts
@@ -796,13 +832,14 @@ def test_the_other_scripts_learning_rate_falls_to_zero_at_the_very_end(other):
 
 
 def test_the_counts_of_resets_are_those_of_all_steps(other):
-    script, cwd, *_ = other
+    script, cwd, out, _ = other
     if script == "reset_po":
         rows, facts = metrics(cwd / "runs" / script), summary(cwd / "runs" / script)
         for kind in ("base", "seed", "localiser", "reset"):
             assert facts[f"{kind}_tokens"] == sum(int(row[f"{kind}_tokens"]) for row in rows)
         assert facts["reset_groups"] == sum(8 * float(row["resets"]) for row in rows)
         assert facts["base_groups"] == 8 * 5
+        assert f"\ntokens: {facts['base_tokens']:,} in base groups, " in out
         for row in rows:  # of two answers to each of eight problems
             assert float(row["accuracy"]) * 16 == int(float(row["accuracy"]) * 16)
 
@@ -845,6 +882,9 @@ def broken(*args, **options):
     folder = warm / "runs" / script
     assert done.code == 1 and "Traceback" not in done.err and "step 3: loss nan" in done.err
     assert saved_step(folder) == saved_step(folder, "failed") == rows_written(folder) == 2
+    files = [folder / name / "state.pt" for name in ("checkpoint", "failed")]
+    saved, stopped = (torch.load(file, weights_only=True)["progress"] for file in files)
+    assert saved == stopped  # of the step that failed nothing is counted
 
 
 @pytest.mark.parametrize("script, args, says", [(s, *row) for s in OTHERS for row in OTHER_BAD[s]])
@@ -936,7 +976,7 @@ def test_every_kind_of_reset_runs(warm, run, args):
     assert [float(row["resets"]) > 0 for row in rows] == [not grpo] * 2
     assert [int(row["localiser_tokens"]) > 0 for row in rows] == ["prompt" in args] * 2
     assert [int(row["seed_tokens"]) > 0 for row in rows] == ["paper" in args or "0 -" in args] * 2
-    assert ("hit" in facts) != grpo
+    assert ("hit" in facts) != grpo == ("localiser:" not in done.out)
     if "oracle" in args:
         assert facts["hit"] == facts["at_or_before"] == 1
     if "rrpo" in args:
@@ -958,6 +998,7 @@ def test_a_given_model_on_given_problems_has_other_defaults(warm, run, script):
         settings[name] = json.loads((warm / "runs" / name / "config.json").read_text())
     assert settings["both"]["lr"] == settings["tiny"]["lr"] == 1e-6 < settings["sums"]["lr"]
     assert settings["tiny"]["eval_samples"] == 2
+    assert {settings[name]["warm_start_steps"] for name in settings} == {0}
     assert settings["both"]["gradient_checkpointing"] is True
     assert settings["both"]["max_new_tokens"] == 8  # what is given counts
     assert settings["sums"]["gradient_checkpointing"] is False
@@ -1112,7 +1153,8 @@ there = torch.device(device)
     "error", ['torch.OutOfMemoryError("CUDA out of memory")',
               'RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate")',
               'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")',
-              'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")']
+              'RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")',
+              'MemoryError()']
 )  # fmt: skip
 def test_without_memory_one_line_names_the_flags_that_help(warm, run, error):
     patch = f"""
@@ -1154,6 +1196,9 @@ common.slow_bar = lambda label, total, unit: tqdm(desc=label, total=total, unit=
     for label in ("sampling", "estimating values", "scoring", "updating"):
         reached = [(int(n), int(total)) for name, n, total in ends if name == label]
         assert any(n == total > 0 for n, total in reached), label
+        # Of 16 answers all are scored, and four make an update.
+        assert label != "scoring" or {total for _, total in reached} == {16}
+        assert label != "updating" or max(total for _, total in reached) <= 4
     quick = run(*SHORT, "--name", "quick")
     assert "sampling" not in quick.err and "scoring" not in quick.err
 
