@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -1155,6 +1156,7 @@ def students(tmp_path_factory):
         run.mkdir()
         (run / "metrics.csv").write_text(f"step,kl\n1,0.5\n2,{bug}\n")
         (run / "summary.json").write_text('{"accuracy_before": 0.5, "accuracy_after": 1}')
+        (run / "samples.txt").write_text("some answers")
         (run / "model.safetensors").write_text("large")
     edition.build(folder / "it", runs)
     return folder / "it"
@@ -1186,6 +1188,28 @@ def test_the_edition_has_no_solutions_keys_or_bugs(students):
         assert not [x for x in lines if x in text or json.dumps(x)[1:-1] in text], path
         assert "<details>" not in text, path
         assert not (path.suffix == ".py" and grader.copies(path.read_bytes())), path
+
+
+def test_the_editions_command_says_what_it_made(tmp_path, monkeypatch, capsys):
+    def build(folder, runs):
+        assert runs == Path("runs")
+        for n in range(made):
+            (folder / "2_bug_lab" / "runs" / f"lab-{n}").mkdir(parents=True)
+
+    monkeypatch.setattr(edition, "build", build)
+    for made in (2, 0):
+        monkeypatch.setattr(sys, "argv", ["edition.py", str(tmp_path / f"it{made}")])
+        edition.main()
+        out = capsys.readouterr().out
+        assert f"with {made} runs of the lab" in out and ("figures.py" in out) == (not made)
+    for words, says in (
+        ([str(tmp_path)], "is there already"),
+        ([], "usage"),
+        (["--help"], "usage"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["edition.py", *words])
+        with pytest.raises(SystemExit, match=says):
+            edition.main()
 
 
 def command(folder, *words) -> tuple[int, str]:
@@ -1316,6 +1340,8 @@ def test_the_editions_notebooks_run_from_a_clean_kernel(students, name):
 def test_what_is_left_of_the_lab_works(students, tmp_path):
     folder = students / "2_bug_lab"
     lab = "tutorials/bug_lab/lab.py"
+    for bug in (0, 3):  # the table names them
+        assert (folder / f"runs/lab-reset_po-bug{bug}-tiny/samples.txt").exists()
     code, out = command(folder, lab, "--bug", "3", "--tiny")
     assert code == 0 and "healthy: held-out accuracy 0.500 -> 1.000" in out and "kl " in out
     file = tmp_path / "my_test.py"
