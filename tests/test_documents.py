@@ -5,6 +5,7 @@ scripts are run as well, for a round, if they need no download. The cells for Co
 install are run by test_tutorials.py, those of TRL by test_trl.py.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -149,6 +150,19 @@ def test_the_front_pages_results_stand_in_the_results():
     figures = re.findall(r"0\.\d+ ± 0\.\d+", block)
     pages = [page.read_text("utf-8") for page in (ROOT / "tutorials" / "results").glob("*.md")]
     assert figures and all(any(figure in page for page in pages) for figure in figures)
+
+
+CODE = sorted([*(ROOT / "tutorials").rglob("*.py"), *(ROOT / "tests").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_code_uses_of_the_scripts_is_there(path):
+    """Some of it, as what is for verl, runs nowhere but where that is installed."""
+    modules = SCRIPTS | dict(common=common)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), ast.unparse(node)
 
 
 def headings(text: str) -> set[str]:

@@ -224,7 +224,8 @@ def engines(monkeypatch):
 @pytest.mark.parametrize("problem", range(6))
 def test_rows_of_a_chain_are_the_scripts_samples(engines, tokenizer, problem):
     model, engine = engines
-    cfg = spo.Config(prompts=1, max_new_tokens=12, continuations=3, interval=2)
+    sizes = dict(prompts=1, group_size=1, max_new_tokens=12)
+    cfg = spo.Config(**sizes, continuations=3, interval=2)
     prompt = [problem, 7]
     rollouts = common.complete(model, tokenizer, [(prompt, [], "")], n=1, max_new_tokens=12)
     credit = spo.assign_credit(model, tokenizer, rollouts, [""], cfg, None)
@@ -233,6 +234,8 @@ def test_rows_of_a_chain_are_the_scripts_samples(engines, tokenizer, problem):
     assert row.response_ids == credit.samples[0].ids
     assert row.credit == pytest.approx(credit.samples[0].advantages)
     assert row.response_mask == trained[0].int().tolist() and engine.asked
+    assert row.response_logprobs == credit.samples[0].old_logprobs
+    assert row.reward_score == rollouts[0].reward  # or verl asks for one
 
 
 @pytest.mark.parametrize("method", ["rrpo", "srpo"])
@@ -244,7 +247,7 @@ def test_rows_of_resets_are_the_scripts_samples(engines, tokenizer, monkeypatch,
         method=method, localiser=localiser, prompts=1, fresh=3, resets=3, max_new_tokens=12,
         delimiter=tokenizer.decode([4]),
     )  # fmt: skip
-    monkeypatch.setattr(reset_po, "localize_random", lambda starts, _: len(starts))
+    monkeypatch.setattr(reset_po, "localise_random", lambda starts, _: len(starts))
     prompt = [problem, 7]
     own = model, tokenizer
     drawn, plans = reset_po.draw_answers(*own, [(prompt, [], "")], cfg, None)
@@ -256,3 +259,7 @@ def test_rows_of_resets_are_the_scripts_samples(engines, tokenizer, monkeypatch,
     ]
     for row, s in zip(rows, credit.samples):
         assert row.credit == pytest.approx(s.advantages)
+        assert row.response_mask == [1] * len(s.ids)
+        assert row.response_logprobs == engine.logprobs(s.ids)
+        whole = [*s.context[len(prompt) :], *s.ids]
+        assert row.reward_score == half_are_right(whole, whole[-1] == Engine.end)

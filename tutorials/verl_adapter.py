@@ -160,10 +160,10 @@ async def reset_rows(draw, prompt, answer: str, tokenizer, stops, cfg=RESETS) ->
         starts = common.step_starts(r.ids, tokenizer, cfg.delimiter, cfg.max_steps, stops)
         if cfg.method == "rrpo":
             generator.seed()
-            step = reset_po.localize_random(starts, generator)
+            step = reset_po.localise_random(starts, generator)
         else:
             probs = [math.exp(l) for l in logprobs]
-            step = reset_po.localize_uncertain(probs, starts, cfg.threshold)
+            step = reset_po.localise_uncertain(probs, starts, cfg.threshold)
         kept = r.ids[: starts[step - 1]]
         groups.append(await answers(draw, prompt, kept, cfg.resets, cfg, answer, tokenizer))
     rows = []
