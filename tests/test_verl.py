@@ -238,13 +238,17 @@ def test_rows_of_a_chain_are_the_scripts_samples(engines, tokenizer, problem):
     assert row.reward_score == rollouts[0].reward  # or verl asks for one
 
 
-@pytest.mark.parametrize("method", ["rrpo", "srpo"])
+@pytest.mark.parametrize(
+    "method, seed_rule", [("rrpo", "keep"), ("srpo", "keep"), ("srpo", "paper")]
+)
 @pytest.mark.parametrize("problem", range(6))
-def test_rows_of_resets_are_the_scripts_samples(engines, tokenizer, monkeypatch, problem, method):
+def test_rows_of_resets_are_the_scripts_samples(
+    engines, tokenizer, monkeypatch, problem, method, seed_rule
+):
     model, engine = engines
     localiser = "uncertain" if method == "srpo" else "auto"
     cfg = reset_po.Config(
-        method=method, localiser=localiser, prompts=1, fresh=3, resets=3, max_new_tokens=12,
+        method=method, localiser=localiser, seed_rule=seed_rule, prompts=1, fresh=3, resets=3, max_new_tokens=12,
         delimiter=tokenizer.decode([4]),
     )  # fmt: skip
     monkeypatch.setattr(reset_po, "localise_random", lambda starts, _: len(starts))
