@@ -930,8 +930,9 @@ def sampling_tokens(free: int | None, parameters: int, token_bytes: int) -> int:
 
 def room_for_sampling(run: "RunConfig", model, compute: Compute) -> int:
     """Compute.sampling_tokens for this run: as asked for, or as the model's device has room."""
-    free, kept = free_memory(model.device), token_bytes(model, compute)
-    return run.sampling_tokens or sampling_tokens(free, model.num_parameters(), kept)
+    return run.sampling_tokens or sampling_tokens(
+        free_memory(model.device), model.num_parameters(), token_bytes(model, compute)
+    )
 
 
 def training_tokens(device) -> int:

@@ -403,12 +403,17 @@ def differences(mine: list[Run], theirs: list[Run]) -> list[float]:
     return [run.after - other.after for run, other in pairs(mine, theirs)]
 
 
+def held_out_at(run: Run, column: int, point: float) -> float:
+    """Accuracy after so many rounds (column 0 of a curve) or tokens (1), on straight lines between
+    evaluations."""
+    return between([(line[column], line[-1]) for line in run.curve], point)
+
+
 def half_way(mine: list[Run], theirs: list[Run]) -> list[float]:
-    """The differences at half of each row's rounds, on straight lines between evaluations."""
+    """The differences at half of each row's rounds."""
 
     def middle(run: Run) -> float:
-        curve = [(rounds, held_out) for rounds, _, _, held_out in run.curve]
-        return between(curve, curve[-1][0] / 2)
+        return held_out_at(run, 0, run.curve[-1][0] / 2)
 
     return [middle(run) - middle(other) for run, other in pairs(mine, theirs)]
 
@@ -418,16 +423,12 @@ def mean_tokens(runs: list[Run]) -> float:
 
 
 def for_tokens(mine: list[Run], theirs: list[Run]) -> list[float]:
-    """The differences where both have sampled as many tokens as the one that took fewer, on
-    straight lines between evaluations. Of the other the rate has then not yet fallen to 0."""
-
-    def at(run: Run, tokens: float) -> float:
-        return between([(done, held_out) for _, done, _, held_out in run.curve], tokens)
-
+    """The differences where both have sampled as many tokens as the one that took fewer. Of the
+    other the rate has then not yet fallen to 0."""
     found = []
     for run, other in pairs(mine, theirs):
         fewer = min(run.tokens, other.tokens)
-        found.append(at(run, fewer) - at(other, fewer))
+        found.append(held_out_at(run, 1, fewer) - held_out_at(other, 1, fewer))
     return found
 
 
@@ -451,7 +452,7 @@ def higher(values: list[float]) -> str:
 def all_runs(name: str, kept: dict[str, Run]) -> dict[str, Run]:
     """All that a table took, by command: also the runs that chose its rates."""
     rows, rates = TABLES[name].rows, TABLES[name].rates
-    runs = [run for row in rows for run in results_of(name, kept)[1][row.name]]
+    runs = [run for own in results_of(name, kept)[1].values() for run in own]
     if len(rates) > 1:
         for row in rows:
             for lr in rates:
@@ -523,8 +524,8 @@ def long_table(name: str, kept: dict[str, Run]) -> list[str]:
             if len(results[row.name][0].curve) > 2:  # evaluated between start and end
                 early = half_way(results[row.name], results[other])
                 said += f" Half-way it {verdict(early)} {other}, {signed(early)}."
-                ours, others = (mean_tokens(results[name]) for name in (row.name, other))
-                if abs(ours - others) > 0.05 * others:
+                own, others = mean_tokens(results[row.name]), mean_tokens(results[other])
+                if abs(own - others) > 0.05 * others:
                     alike = for_tokens(results[row.name], results[other])
                     said += f" For as many tokens it {verdict(alike)} {other}, {signed(alike)}."
             lines.append(said)

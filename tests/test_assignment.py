@@ -1070,7 +1070,8 @@ def test_the_command_compares_the_two_runs(tmp_path, monkeypatch, capsys):
     seeds.append(again(f"{long} 3"))
     assert len({name for names in seeds for name in names}) == 6
     before = again("--seed 1")
-    [shutil.rmtree(tmp_path / name) for name in before]
+    for name in before:
+        shutil.rmtree(tmp_path / name)
     file.write_text(file.read_text() + "\n# and again\n")
     reference, yours = again("--seed 1")
     assert reference == before[0] and yours != before[1]

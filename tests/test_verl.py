@@ -248,8 +248,8 @@ def test_rows_of_resets_are_the_scripts_samples(
     model, engine = engines
     localiser = "uncertain" if method == "srpo" else "auto"
     cfg = reset_po.Config(
-        method=method, localiser=localiser, seed_rule=seed_rule, prompts=1, fresh=3, resets=3, max_new_tokens=12,
-        delimiter=tokenizer.decode([4]),
+        method=method, localiser=localiser, seed_rule=seed_rule, prompts=1, fresh=3, resets=3,
+        max_new_tokens=12, delimiter=tokenizer.decode([4]),
     )  # fmt: skip
     monkeypatch.setattr(reset_po, "localise_random", lambda starts, _: len(starts))
     prompt = [problem, 7]
