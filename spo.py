@@ -65,7 +65,7 @@ Departures from the paper, and choices where paper and released code disagree:
     most replay_nodes of a problem and replay_total in all; the others wait, off-policy, and are
     dropped when replay_age rounds old. The authors' code cuts, or repeats, to a fixed number.
 
-    python spo.py                   2.3 minutes on two cores, held-out accuracy 0.21 -> 0.90
+    python spo.py                   two minutes on two cores, held-out accuracy 0.21 -> 0.90
     python spo.py --variant tree    trees
     python spo.py --partition trajectory --mask False     GRPO of the same problems, no std
 """
